@@ -1,0 +1,89 @@
+"""What a step needs to know of a batch: how many samples it has, and how to split it into micro-batches.
+
+A batch is a tensor, or nested mappings, tuples and lists of tensors whose first dimension counts samples; or a list
+of mappings, one for each sample, as in detection. Everything else in it goes to every micro-batch unchanged.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+Batch = Any
+
+
+def num_samples(batch: Batch) -> int:
+    """Count the samples of a batch by the first dimension of its tensors (or the length of a list of samples).
+
+    Raises:
+      ValueError: no tensor to count by, or two that disagree.
+    Example:
+      >>> import torch
+      >>> num_samples({"image": torch.zeros(8, 1, 4, 4), "label": torch.zeros(8)})
+      8
+    """
+    first: tuple[str, int] | None = None
+    for path, size in _sizes(batch, "batch"):
+        if first is None:
+            first = (path, size)
+        elif size != first[1]:
+            raise ValueError(
+                f"{path}: has {size} samples, {first[0]} has {first[1]}; expected the same first dimension, "
+                "or pass split=fn(batch, num) -> micro-batches to the step"
+            )
+    if first is None:
+        raise ValueError(f"batch: got {type(batch).__name__} without a tensor of at least one dimension to count by")
+    return first[1]
+
+
+def split_batch(batch: Batch, num: int) -> list[Batch]:
+    """Split a batch into `num` micro-batches whose sizes differ by at most one; views, nothing is copied.
+
+    A batch of fewer samples gives one micro-batch a sample.
+
+    Raises:
+      ValueError: the batch is empty, or its samples can't be counted.
+    Example:
+      >>> import torch
+      >>> [part.tolist() for part in split_batch(torch.arange(5), 2)]
+      [[0, 1, 2], [3, 4]]
+    """
+    total = num_samples(batch)
+    if total == 0:
+        raise ValueError("batch: got 0 samples, expected at least one")
+    num = min(num, total)
+    bounds = [(total * i + num - 1) // num for i in range(num + 1)]
+    return [_slice(batch, start, end) for start, end in pairwise(bounds)]
+
+
+def _sizes(batch: Batch, path: str) -> Iterator[tuple[str, int]]:
+    if isinstance(batch, Tensor):
+        if batch.dim() > 0:
+            yield path, batch.shape[0]
+    elif isinstance(batch, Mapping):
+        for key, value in batch.items():
+            yield from _sizes(value, f"{path}[{key!r}]")
+    elif _is_sample_list(batch):
+        yield path, len(batch)
+    elif isinstance(batch, tuple | list):
+        for index, value in enumerate(batch):
+            yield from _sizes(value, f"{path}[{index}]")
+
+
+def _is_sample_list(value: Any) -> bool:
+    """One mapping or string for each sample, as the default collate and detection batches have them."""
+    return isinstance(value, tuple | list) and bool(value) and all(isinstance(item, Mapping | str) for item in value)
+
+
+def _slice(batch: Batch, start: int, end: int) -> Batch:
+    if isinstance(batch, Tensor):
+        return batch[start:end] if batch.dim() > 0 else batch
+    if isinstance(batch, Mapping):
+        return {key: _slice(value, start, end) for key, value in batch.items()}
+    if _is_sample_list(batch):
+        return batch[start:end]
+    if isinstance(batch, tuple | list):
+        parts = [_slice(value, start, end) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch

@@ -1,0 +1,21 @@
+"""Errors of fntrain that a caller may want to catch by kind; wrong values and kinds raise ValueError and TypeError."""
+
+
+class FntrainError(Exception):
+    """Base of the errors below."""
+
+
+class DataExhaustedError(FntrainError):
+    """The data ended before `max_steps`; the message says how many batches it gave."""
+
+
+class CheckpointError(FntrainError):
+    """A checkpoint is missing, damaged, of another model, or cannot be written; the message names file and leaf."""
+
+
+class NonFiniteError(FntrainError, FloatingPointError):
+    """Loss or gradients were inf or nan under `on_nonfinite="raise"`; the message names them and the step."""
+
+
+class MissingExtraError(FntrainError, ImportError):
+    """A feature needs a package of an optional extra; the message names the extra."""

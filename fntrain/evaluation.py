@@ -1,0 +1,111 @@
+"""evaluation: a function of the state that measures it on data and leaves no trace."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from fntrain import events
+from fntrain.batch import Batch, num_samples
+from fntrain.loss import Weighted
+from fntrain.module import bound
+from fntrain.rng import preserved_generators, seed_generators
+from fntrain.state import TrainState
+
+MetricsFn = Callable[[nn.Module, Batch], Mapping[str, Any]]
+_USE = 0x6576616C  # keeps the draws of an evaluation apart from those of the training step of the same number
+
+
+@attrs.frozen(kw_only=True)
+class Evaluation:
+    """A function state -> {name: float}; made by `evaluation`."""
+
+    model: nn.Module = attrs.field(repr=lambda model: type(model).__name__)
+    fn: MetricsFn
+    data: Iterable[Batch] = attrs.field(repr=lambda data: f"<{type(data).__name__}>")
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        sums: dict[str, list[tuple[Any, Any]]] = {}
+        with preserved_generators(), bound(self.model, state), _eval_mode(self.model), torch.no_grad():
+            seed_generators(state.seed, state.step, _USE)
+            for batch in self.data:
+                with events.collecting():  # what the model reports while evaluating belongs to no step
+                    results = _flat(self.fn(self.model, batch))
+                for name, value in results.items():
+                    sums.setdefault(name, []).append(_sum_and_weight(value, batch))
+        if not sums:
+            raise ValueError("evaluation: the data gave no batch, or fn no metric")
+        return {name: _mean(parts) for name, parts in sums.items()}
+
+
+def evaluation(
+    model: nn.Module, fn: MetricsFn, data: Any, *, batch_size: int = 256, num_workers: int = 0
+) -> Evaluation:
+    """Make a function of the state that evaluates it: mean of `fn` over the samples of `data`.
+
+    It binds the state's tensors to the module, sets eval mode without gradients, and puts buffers, the train/eval
+    flag of every sub-module, and the generators back. A hand-written evaluation must bind the state itself, with
+    `ft.bound(model, state)`: closing over the model alone sees its first weights when the step is pure.
+
+    Args:
+      model: the module of the step.
+      fn: (model, batch) -> dict (nested names join with "/") of means over the batch, which are weighted by its
+        samples, or of `ft.weighted(sum, weight)`. Values stay on their device until the end.
+      data: a map-style data set, read in order; or a DataLoader or other re-iterable of batches.
+      batch_size, num_workers: how a data set is read.
+    Raises:
+      ValueError: (when called) the data is empty.
+    Example:
+      >>> model = torch.nn.Linear(1, 1)
+      >>> error = lambda model, batch: {"mse": model(batch).square().mean()}
+      >>> test = evaluation(model, error, torch.zeros(5, 1), batch_size=2)
+      >>> sorted(test(ft.init_state(model, ft.optimizer(torch.optim.SGD, lr=0.1))))
+      ['mse']
+    """
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, DataLoader):
+        data = DataLoader(data, batch_size=batch_size, num_workers=num_workers)
+    elif isinstance(data, Iterator) or not hasattr(data, "__iter__"):
+        raise TypeError(
+            f"data: got {type(data).__name__}, expected a data set or a re-iterable of batches (it is read many times)"
+        )
+    return Evaluation(model=model, fn=fn, data=data)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards the flag of every sub-module as it was (frozen ones stay frozen)."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def _flat(results: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in results.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}/"))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _sum_and_weight(value: Any, batch: Batch) -> tuple[Any, Any]:
+    if isinstance(value, Weighted):
+        return value.loss_sum, value.weight
+    weight = num_samples(batch)
+    if isinstance(value, Tensor):
+        return value.detach().double() * weight, weight
+    return value * weight, weight
+
+
+def _mean(parts: list[tuple[Any, Any]]) -> float:
+    total, weight = (sum((part[i] for part in parts[1:]), start=parts[0][i]) for i in (0, 1))
+    return float(total) / float(weight) if float(weight) else float("nan")

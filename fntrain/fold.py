@@ -1,0 +1,339 @@
+"""The fold: state_n = reduce(step_fn, batches, state_0), with hooks around every step.
+
+`states` is the lazy scan, `fit` its last element. Order of a step: batch, before_step, step function, after_step;
+hooks in list order in every phase. `after_train` runs once for each hook, whatever ended the run.
+"""
+
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import attrs
+
+from fntrain.errors import DataExhaustedError
+from fntrain.hook import AnyHook, Callback, Gated, Hook, Wrap, flatten
+from fntrain.state import Run, StepFn, Stop, TrainState
+
+Gate = Callable[[TrainState, int], bool]
+Phase = list[tuple[Gated, Callback, Gate | None]]
+
+
+@runtime_checkable
+class Positioned(Protocol):
+    """Data that can start at any batch, such as `ft.data.stream(...)`."""
+
+    def at(self, position: int) -> Iterator[Any]:
+        """Iterate from batch number `position` (from 0)."""
+
+
+def fit(
+    step_fn: StepFn,
+    hooks: Iterable[AnyHook] = (),
+    *,
+    state: TrainState,
+    data: Positioned | Iterable[Any],
+    max_steps: int | None = None,
+) -> TrainState:
+    """Run a step function over data until `state.step` is `max_steps`, a hook stops, or finite data ends.
+
+    Args:
+      step_fn: (state, batch) -> state, from `ft.supervised_step` or written by hand with `state.advance(...)`.
+      hooks: in the order in which they run.
+      state: where to start; a resumed state goes on at its own step and position.
+      data: an object with `.at(position)`; or an iterable, whose first batch is taken for number `state.position`.
+      max_steps: the total to reach, not a number to add. None runs to the end of the data, which declares it finite.
+    Returns:
+      the last state, after `after_train`; its `run.stop` says why the run ended.
+    Raises:
+      DataExhaustedError: the data ended before `max_steps`.
+      ValueError: hooks that don't fit together, a re-iterable given to a state that is under way, a step function
+        that does not advance step and position by one.
+    Example:
+      >>> def step_fn(state, batch):
+      ...     return state.advance(params={"w": state.params["w"] + batch})
+      >>> start = ft.TrainState(step=0, position=0, seed=0, params={"w": torch.zeros(())})
+      >>> fit(step_fn, state=start, data=[1, 2, 3], max_steps=3).params["w"]
+      tensor(6.)
+    """
+    run = states(step_fn, hooks, state=state, data=data, max_steps=max_steps)
+    while True:
+        try:
+            next(run)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+
+
+def states(
+    step_fn: StepFn,
+    hooks: Iterable[AnyHook] = (),
+    *,
+    state: TrainState,
+    data: Positioned | Iterable[Any],
+    max_steps: int | None = None,
+) -> Generator[TrainState, None, TrainState]:
+    """Yield the state after every step, lazily; arguments and errors as for `fit`.
+
+    Leaving the loop early runs `after_train` and closes everything; the last state is yielded after `after_train`.
+
+    Example:
+      >>> def step_fn(state, batch):
+      ...     return state.advance(metrics={"seen": batch})
+      >>> start = ft.TrainState(step=0, position=0, seed=0, params={})
+      >>> [s.metrics["seen"] for s in states(step_fn, state=start, data="abc", max_steps=2)]
+      ['a', 'b']
+    """
+    if not isinstance(state, TrainState):
+        raise TypeError(f"state: got {type(state).__name__}, expected a TrainState (ft.init_state makes one)")
+    if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0):
+        raise ValueError(f"max_steps: got {max_steps!r}, expected a whole number >= 0 or None")
+    singles = [_as_gated(single) for single in flatten(hooks if isinstance(hooks, AnyHook) else list(hooks))]
+    _check_order(singles)
+    rank = getattr(step_fn, "rank", 0)
+    mine = [single for single in singles if rank == 0 or not single.main]
+    run = Run(start_step=state.step, max_steps=max_steps)
+    return _states(step_fn, mine, state.replace(run=run), data)
+
+
+def _states(
+    step_fn: StepFn, singles: list[Gated], state: TrainState, data: Positioned | Iterable[Any]
+) -> Generator[TrainState, None, TrainState]:
+    max_steps = state.run.max_steps
+    opened: list[AbstractContextManager[Any]] = []
+    batches = None
+    yielded = state
+    try:
+        live = [_opened(single, opened) for single in singles]
+        batches = _Batches(data, [one.hook.wrap_data for one in live if one.hook.wrap_data])
+        before_step, after_step = _phase(live, "before_step"), _phase(live, "after_step")
+        try:
+            state = _call(_phase(live, "before_train"), _with_memory(state, singles), None)
+            while state.run.stop is None and (max_steps is None or state.step < max_steps):
+                batch = batches.next(state)
+                if batch is _END:
+                    state = _stopped(state, "done", f"data ended after {batches.given} batches")
+                    break
+                state = _call(before_step, state, 1)
+                state = _step(step_fn, state, batch)
+                del batch  # or it would live until the next one is there: one batch of memory
+                state = _call(after_step, state, 0)
+                if state.run.stop is None and (max_steps is None or state.step < max_steps):
+                    yielded = state
+                    yield state
+            state = _stopped(state, "done", f"max_steps={max_steps} reached")
+        except GeneratorExit:
+            _finish(live, _stopped(state, "requested", "states() was left early"), None)
+            raise
+        except BaseException as error:
+            _finish(live, _stopped(state, "error", f"{type(error).__name__}: {error}"), error)
+            raise
+        state = _finish(live, state, None)
+    except BaseException as error:
+        _close(opened, batches, error)
+        raise
+    _close(opened, batches, None)
+    if state.position != yielded.position:  # with finite data the last state is out before the end is known
+        yield state
+    return state
+
+
+def _step(step_fn: StepFn, state: TrainState, batch: Any) -> TrainState:
+    try:
+        new = step_fn(state, batch)
+    except BaseException as error:
+        error.add_note(f"in the step function, at step {state.step + 1} (batch number {state.position})")
+        raise
+    if not isinstance(new, TrainState):
+        raise TypeError(f"step function: returned {type(new).__name__} at step {state.step + 1}, expected a TrainState")
+    if new.step != state.step + 1 or new.position != state.position + 1:
+        raise ValueError(
+            f"step function: went from step {state.step}, position {state.position} to step {new.step}, position "
+            f"{new.position}; expected both to grow by 1: return state.advance(...)"
+        )
+    return new if new.run is state.run else new.replace(run=state.run)
+
+
+def _call(phase: Phase, state: TrainState, offset: int | None) -> TrainState:
+    """Run the callbacks of one phase; with an offset, those whose gates are open for step `state.step + offset`."""
+    for gated, callback, gate in phase:
+        if gate is None or offset is None or gate(state, state.step + offset):
+            try:
+                new = callback(state)
+                if new is not None:
+                    state = _accept(gated, state, new)
+            except BaseException as error:
+                error.add_note(f"in {callback!r} of {gated.hook!r}, at step {state.step}")
+                raise
+    return state
+
+
+def _accept(gated: Gated, old: TrainState, new: TrainState) -> TrainState:
+    """A hook's new state, if it is one it may return. `run` belongs to the fold: a stop may be added, not undone."""
+    if not isinstance(new, TrainState):
+        raise TypeError(f"{gated.hook!r}: returned {type(new).__name__}, expected a TrainState or None")
+    if gated.main:
+        for field in attrs.fields(TrainState):
+            if field.name != "metrics" and getattr(new, field.name) is not getattr(old, field.name):
+                raise ValueError(f"on_main: {gated.hook!r} changed {field.name}; on one rank only metrics may change")
+    if new.run is old.run:
+        return new
+    asked = new.run.stop
+    if old.run.stop is None and asked is not None and asked.kind == "requested":
+        return new.replace(run=attrs.evolve(old.run, stop=asked))
+    return new.replace(run=old.run)
+
+
+def _finish(live: list[Gated], state: TrainState, error: BaseException | None) -> TrainState:
+    """Run `after_train` of every hook, each after its `at_end`; the first error wins, later ones are noted on it."""
+    last, first = state, error
+    trained = error is None and state.step > state.run.start_step
+    for gated in live:
+        pending = [gated.hook.after_train]
+        if gated.at_end and trained and not gated.admits(last, last.step):
+            pending.insert(0, gated.hook.after_step)
+        for callback in pending:
+            try:
+                state = _call([(gated, callback, None)], state, None) if callback else state
+            except Exception as later:
+                first = _noted(first, later)
+    if error is None and first is not None:
+        raise first
+    return state
+
+
+def _close(opened: list[AbstractContextManager[Any]], batches: "_Batches | None", error: BaseException | None) -> None:
+    """Close data and resources, last opened first, all of them; the first error wins."""
+    first = error
+    closers: list[Callable[[], Any]] = [partial(manager.__exit__, None, None, None) for manager in opened]
+    for close in reversed([*closers, batches.close] if batches else closers):
+        try:
+            close()
+        except Exception as later:
+            first = _noted(first, later)
+    if error is None and first is not None:
+        raise first
+
+
+def _noted(first: BaseException | None, later: Exception) -> BaseException:
+    """The error to raise: the first one, with the later one as a note."""
+    if first is None:
+        return later
+    first.add_note("\n".join([f"then {type(later).__name__}: {later}", *getattr(later, "__notes__", ())]))
+    return first
+
+
+def _stopped(state: TrainState, kind: Any, reason: str) -> TrainState:
+    return state if state.run.stop else state.replace(run=attrs.evolve(state.run, stop=Stop(kind, reason)))
+
+
+def _as_gated(single: Hook | Gated) -> Gated:
+    return single if isinstance(single, Gated) else Gated(hook=single)
+
+
+def _phase(live: list[Gated], name: str) -> Phase:
+    found = [(gated, getattr(gated.hook, name)) for gated in live]
+    return [(gated, call, None if gated.is_open else gated.admits) for gated, call in found if call is not None]
+
+
+def _opened(gated: Gated, opened: list[AbstractContextManager[Any]]) -> Gated:
+    """The live form of a hook that holds a resource; what has to be closed is put on the list."""
+    if gated.hook.open is None:
+        return gated
+    manager = gated.hook.open()
+    live = manager.__enter__()
+    opened.append(manager)
+    return attrs.evolve(gated, hook=attrs.evolve(live, name=gated.hook.name))
+
+
+def _check_order(singles: list[Gated]) -> None:
+    names = [single.hook.name for single in singles if single.hook.name is not None]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"hooks: two hooks are named {', '.join(twice)}; give each a name of its own (name=...)")
+    saver = None
+    for single in singles:
+        if single.hook.saves:
+            saver = single.hook.name
+        elif saver is not None and single.hook.init is not None:
+            raise ValueError(
+                f"hooks: {single.hook.name!r} has memory and is listed after {saver!r}, which would save that memory "
+                f"one step old; list {single.hook.name!r} before it"
+            )
+
+
+def _with_memory(state: TrainState, singles: list[Gated]) -> TrainState:
+    """Start the memory of new hooks, drop that of hooks which are no longer there."""
+    memory = {}
+    for single in singles:
+        name, init = single.hook.name, single.hook.init
+        if name is not None and init is not None:
+            memory[name] = state.hooks[name] if name in state.hooks else init(state)
+    if gone := sorted(state.hooks.keys() - memory.keys()):
+        warnings.warn(f"state.hooks: dropped the memory of {gone}: no hook of that name is in this run", stacklevel=4)
+    return state.replace(hooks=memory) if memory or state.hooks else state
+
+
+class _End:
+    """Marks the end of the data."""
+
+
+_END = _End()
+
+
+class _Batches:
+    """The data of a run, opened where the state is, and again after a roll-back that moved the position."""
+
+    def __init__(self, data: Positioned | Iterable[Any], wraps: list[Wrap]) -> None:
+        self.data = data
+        self.wraps = wraps
+        self.given = 0
+        self.position: int | None = None
+        self.source: Iterator[Any] | None = None
+        self.batches: Iterator[Any] = iter(())
+
+    def next(self, state: TrainState) -> Any:
+        if state.position != self.position:
+            self._open(state)
+        try:
+            batch = next(self.batches, _END)
+        except BaseException as error:
+            error.add_note(f"while reading batch number {state.position}, for step {state.step + 1}")
+            raise
+        if batch is _END and state.run.max_steps is not None:
+            raise DataExhaustedError(
+                f"data: ended after {self.given} batches, at step {state.step} of max_steps={state.run.max_steps}; "
+                "give more (ft.data.stream never ends), lower max_steps, or declare the data finite with max_steps=None"
+            )
+        self.given += batch is not _END
+        self.position = state.position + 1
+        return batch
+
+    def _open(self, state: TrainState) -> None:
+        self.close()
+        self.source = None
+        if isinstance(self.data, Positioned):
+            source = self.source = self.data.at(state.position)
+        else:
+            source = iter(self.data)
+            if source is not self.data:
+                if state.position > 0:
+                    raise ValueError(
+                        f"data: {type(self.data).__name__} starts at its first batch again, but the state is at "
+                        f"position {state.position}; use ft.data.stream(...), or pass an iterator that starts there: "
+                        "itertools.islice(data, state.position, None)"
+                    )
+                self.source = source
+            elif self.position is not None:
+                raise ValueError(
+                    f"data: a hook moved the position from {self.position} to {state.position}, and an iterator can't "
+                    "go back; use ft.data.stream(...), or keep the position when rolling back"
+                )
+        for wrap in self.wraps:
+            source = wrap(source)
+        self.batches = source
+        self.position = state.position
+
+    def close(self) -> None:
+        """Close the iterator if it was opened here; one that the caller made is theirs to go on with."""
+        if self.source is not None and hasattr(self.source, "close"):
+            self.source.close()

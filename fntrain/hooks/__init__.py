@@ -1,0 +1,9 @@
+"""The standard hooks; a hook of your own is `ft.hook(after_step=...)` or `ft.stateful(...)`."""
+
+from fntrain.hooks.checkpoint import checkpoint
+from fntrain.hooks.evaluate import evaluate
+from fntrain.hooks.metrics import write_metrics
+from fntrain.hooks.progress import progress_bar
+from fntrain.hooks.timer import iteration_timer
+
+__all__ = ["checkpoint", "evaluate", "iteration_timer", "progress_bar", "write_metrics"]

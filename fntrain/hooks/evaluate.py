@@ -1,0 +1,55 @@
+"""hooks.evaluate: measure the state every n steps and after the last one."""
+
+from collections.abc import Callable, Mapping
+
+import attrs
+
+from fntrain import hook as hooks
+from fntrain.events import MetricName
+from fntrain.state import TrainState
+
+
+@attrs.frozen
+class Evaluate:
+    """The callback: runs a function of the state and adds what it says to the metrics."""
+
+    fn: Callable[[TrainState], Mapping[str, float]]
+    prefix: str
+
+    def __call__(self, state: TrainState) -> TrainState:
+        results = self.fn(state)
+        if not isinstance(results, Mapping):
+            raise TypeError(f"evaluate: the function returned {type(results).__name__}, expected a dict of numbers")
+        metrics = dict(state.metrics)
+        for name, value in results.items():
+            metrics[MetricName(f"{self.prefix}{name}", smooth="each")] = value
+        return state.replace(metrics=metrics)
+
+
+def evaluate(
+    fn: Callable[[TrainState], Mapping[str, float]], *, every: int, prefix: str = "eval/", name: str = "evaluate"
+) -> hooks.AnyHook:
+    """Run a function of the state every n steps and after the last one, and report its results.
+
+    Whatever their period, writers write every result at its own step. List it before `write_metrics` and before
+    hooks that read the results, in the order evaluate, best checkpoint, write.
+
+    Args:
+      fn: state -> {name: number}; `ft.evaluation(model, fn, data)` makes one. A hand-written one must bind the state
+        (`ft.bound`): closing over the module alone would see its first weights in pure mode.
+      every: number of steps between two.
+      prefix: put before every name.
+      name: unique in a run.
+    Example:
+      >>> def step_fn(state, batch):
+      ...     return state.advance(metrics={})
+      >>> state = ft.TrainState(step=0, position=0, seed=0, params={})
+      >>> hook = evaluate(lambda state: {"twice": 2 * state.step}, every=2)
+      >>> dict(ft.fit(step_fn, [hook], state=state, data=[1, 2, 3], max_steps=3).metrics)
+      {'eval/twice': 6}
+
+    Source: detectron2's EvalHook
+    """
+    if not callable(fn):
+        raise TypeError(f"fn: got {type(fn).__name__}, expected a function of the state, such as ft.evaluation(...)")
+    return hooks.at_end(hooks.every(every, hooks.hook(after_step=Evaluate(fn, prefix), name=name)))

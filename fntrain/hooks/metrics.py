@@ -1,0 +1,143 @@
+"""hooks.write_metrics: hand what the steps report to writers, smoothed, every n steps."""
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from statistics import median
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from fntrain import hook as hooks
+from fntrain.state import TrainState
+from fntrain.writers import Row, Writer, WriteRow
+
+
+@attrs.frozen
+class WriteMetrics:
+    """The hook's value; called, it gives the live one, which holds the window and opens the writers."""
+
+    writers: tuple[Writer, ...]
+    every: int
+    window: int
+
+    @contextmanager
+    def __call__(self) -> Iterator[hooks.Hook]:
+        with ExitStack() as stack:
+            live = _Live(self, stack)
+            yield hooks.hook(before_train=live.open, after_step=live.record, after_train=live.finish)
+
+
+def write_metrics(
+    writers: Writer | Sequence[Writer], *, every: int = 20, window: int = 20, name: str = "write_metrics"
+) -> hooks.AnyHook:
+    """Write the metrics of the steps every n steps and after the last one; list it after hooks that report.
+
+    A metric is shown as the median of its values in the last `window` steps; learning rates and other unsmoothed ones
+    as the latest; results of `evaluate` each at its own step. Tensors wait on their device and are transferred
+    together, once per write: between writes nothing synchronises.
+
+    Args:
+      writers: one or several of `ft.writers`.
+      every: number of steps between two writes.
+      window: number of steps that a median covers.
+      name: unique in a run.
+    Raises:
+      ValueError: `every` or `window` is not positive.
+    Example:
+      >>> write_metrics(ft.writers.console(), every=20)
+      WriteMetrics(writers=(Console(),), every=20, window=20)
+
+    Source: detectron2's PeriodicWriter and EventStorage
+    """
+    for argument, value in (("every", every), ("window", window)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{argument}: got {value!r}, expected a whole number >= 1")
+    several = tuple(writers) if isinstance(writers, Sequence) else (writers,)
+    return hooks.resource(WriteMetrics(several, every, window), name=name)
+
+
+class _Live:
+    """What the hook holds during one run: values not yet written, and the open writers."""
+
+    def __init__(self, settings: WriteMetrics, stack: ExitStack) -> None:
+        self.settings = settings
+        self.stack = stack
+        self.writes: list[WriteRow] = []
+        self.windows: dict[str, deque[tuple[int, Any]]] = {}
+        self.last: Mapping[str, Any] = {}
+        self.each: dict[tuple[int, str], Any] = {}
+        self.media: dict[int, dict[str, Any]] = {}
+        self.written = -1
+
+    def open(self, state: TrainState) -> None:
+        self.written = state.step
+        for writer in self.settings.writers:
+            self.writes.append(self.stack.enter_context(writer.open(state.step)))
+
+    def record(self, state: TrainState) -> None:
+        self.collect(state)
+        if state.step % self.settings.every == 0:
+            self.write(state)
+
+    def finish(self, state: TrainState) -> None:
+        """Write what is left, with what hooks reported after the last step."""
+        if state.step > state.run.start_step:
+            last = self.last
+            new = {name: value for name, value in state.metrics.items() if value is not last.get(name)}
+            self.collect(state.replace(metrics=new))
+            self.write(state)
+
+    def collect(self, state: TrainState) -> None:
+        self.last = state.metrics
+        for name, value in state.metrics.items():
+            smooth = getattr(name, "smooth", "median")
+            if not isinstance(value, Tensor | int | float):
+                self.media.setdefault(state.step, {})[name] = value
+            elif smooth == "each":
+                self.each[state.step, name] = value
+            else:
+                size = self.settings.window if smooth == "median" else 1
+                self.windows.setdefault(name, deque(maxlen=size)).append((state.step, value))
+
+    def write(self, state: TrainState) -> None:
+        """One row per step that has results of its own, and one for the period."""
+        oldest = state.step - self.settings.window
+        for values in self.windows.values():
+            while values and values[0][0] <= oldest:
+                values.popleft()
+        recent = {name: values for name, values in self.windows.items() if values and values[-1][0] > self.written}
+        numbers = iter(_to_host([*self.each.values(), *(value for values in recent.values() for _, value in values)]))
+        rows: dict[int, dict[str, float]] = {step: {} for step in self.media}
+        for step, name in self.each:
+            rows.setdefault(step, {})[name] = next(numbers)
+        smoothed = {name: median(next(numbers) for _ in values) for name, values in recent.items()}
+        if smoothed:
+            rows[state.step] = smoothed | rows.get(state.step, {})
+        for step in sorted(rows):
+            periodic = step == state.step and bool(smoothed)
+            self.emit(state, step, rows[step], self.media.get(step, {}), periodic)
+        self.each, self.media, self.written = {}, {}, state.step
+
+    def emit(
+        self, state: TrainState, step: int, scalars: Mapping[str, float], media: Mapping[str, Any], periodic: bool
+    ) -> None:
+        row = Row(step=step, max_steps=state.run.max_steps, scalars=scalars, media=media, periodic=periodic)
+        for write in self.writes:
+            write(row)
+
+
+def _to_host(values: list[Any]) -> list[float]:
+    """Numbers of the values, in order, by one stacked transfer for each device and dtype."""
+    groups: dict[Any, list[int]] = {}
+    for index, value in enumerate(values):
+        if isinstance(value, Tensor):
+            groups.setdefault((value.device, value.dtype), []).append(index)
+    numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
+    for indices in groups.values():
+        stacked = torch.stack([values[index].detach().reshape(()) for index in indices]).tolist()
+        for index, number in zip(indices, stacked, strict=True):
+            numbers[index] = float(number)
+    return numbers

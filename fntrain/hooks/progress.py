@@ -1,0 +1,44 @@
+"""hooks.progress_bar: a tqdm bar over the steps."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import attrs
+
+from fntrain import hook as hooks
+from fntrain.errors import MissingExtraError
+from fntrain.state import TrainState
+
+
+@attrs.frozen
+class ProgressBar:
+    """The hook's value; called, it gives the live one, which holds the bar."""
+
+    @contextmanager
+    def __call__(self) -> Iterator[hooks.Hook]:
+        try:
+            from tqdm.auto import tqdm
+        except ImportError as error:
+            raise MissingExtraError("progress_bar needs tqdm: pip install 'fntrain[cli]'") from error
+        with tqdm(unit="step") as bar:
+
+            def before_train(state: TrainState) -> None:
+                bar.reset(state.run.max_steps)
+                bar.update(state.step)
+
+            def after_step(state: TrainState) -> None:
+                bar.update(state.step - bar.n)  # also right after a roll-back
+
+            yield hooks.hook(before_train=before_train, after_step=after_step)
+
+
+def progress_bar(*, name: str = "progress_bar") -> hooks.AnyHook:
+    """Show a progress bar over the steps; needs the extra `cli`.
+
+    Raises:
+      MissingExtraError: (when the run starts) tqdm is not installed.
+    Example:
+      >>> progress_bar()
+      on_main(ProgressBar())
+    """
+    return hooks.on_main(hooks.resource(ProgressBar(), name=name))

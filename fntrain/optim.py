@@ -1,0 +1,303 @@
+"""Any torch.optim.Optimizer class as a pair of pure functions, `init` and `update`, on tensors by name.
+
+The class is lent the tensors for one call, and its own step does the arithmetic (fused and foreach kernels too), so
+the result is bitwise that of using the class directly. No optimizer object lives between two calls.
+"""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from fntrain import tree
+from fntrain.tree import PyTree
+
+OptState = Mapping[str, Mapping[str, PyTree]]
+Select = str | Callable[[str, Tensor], bool]
+_GROUP_PREFIX = "group."  # marks what an optimizer keeps per group, stored with the group's first parameter
+
+
+@attrs.frozen(repr=False)
+class Group:
+    """Options for the parameters that `select` picks; made by `group`."""
+
+    select: Select
+    frozen: bool
+    lr_scale: float
+    options: dict[str, Any]
+
+    def picks(self, name: str, param: Tensor) -> bool:
+        if callable(self.select):
+            return bool(self.select(name, param))
+        return fnmatchcase(name, self.select)
+
+    def __repr__(self) -> str:
+        select = getattr(self.select, "__qualname__", repr(self.select))
+        given = {"frozen": self.frozen} if self.frozen else {}
+        given |= ({"lr_scale": self.lr_scale} if self.lr_scale != 1.0 else {}) | self.options
+        return f"group({', '.join([select, *(f'{key}={value!r}' for key, value in given.items())])})"
+
+
+def group(select: Select, *, frozen: bool = False, lr_scale: float = 1.0, **options: Any) -> Group:
+    """Give some parameters options of their own; where several groups match, all apply and the later wins.
+
+    Args:
+      select: a pattern on the parameter's name (`*` matches dots too), or a predicate (name, tensor) -> bool.
+      frozen: do not train these: no gradient is computed, no state kept.
+      lr_scale: factor on the learning rate; factors of several matching groups multiply.
+      options: keyword arguments of the optimizer class, lr included.
+    Example:
+      >>> group("*.bias", weight_decay=0.0)
+      group('*.bias', weight_decay=0.0)
+    """
+    if not (isinstance(select, str) or callable(select)):
+        raise TypeError(f"select: got {type(select).__name__}, expected a name pattern or a predicate (name, tensor)")
+    return Group(select, frozen, float(lr_scale), options)
+
+
+@attrs.frozen(repr=False)
+class Optimizer:
+    """A torch optimizer class and its options as a value; made by `optimizer`."""
+
+    cls: type[torch.optim.Optimizer]
+    lr: Any
+    groups: tuple[Group, ...]
+    options: dict[str, Any]
+
+    def init(self, params: Mapping[str, Tensor]) -> dict[str, dict[str, PyTree]]:
+        """Return the state before the first update: empty for most classes, which create theirs on first use.
+
+        Raises:
+          ValueError: a group selects no parameter, or all parameters are frozen.
+        """
+        bound = self.bind(params)
+        return {
+            name: tree.clone(dict(bound.template.state[params[name]]))
+            for names in bound.names
+            for name in names
+            if params[name] in bound.template.state
+        }
+
+    def update(
+        self, params: Mapping[str, Tensor], grads: Mapping[str, Tensor], opt_state: OptState, *, step: int
+    ) -> tuple[dict[str, Tensor], dict[str, Mapping[str, PyTree]]]:
+        """Return new parameters and optimizer state; the arguments stay as they were.
+
+        Args:
+          params: by name.
+          grads: by name; a name left out (or None) is not updated. Any strides, shared storage allowed: those are
+            copied first, because torch's fused kernels assume the parameter's own layout.
+          opt_state: what `init` or the last `update` returned.
+          step: number of updates made before; schedules are evaluated there.
+        Raises:
+          ValueError: a gradient has a name or a shape that no parameter has.
+        Example:
+          >>> sgd = optimizer(torch.optim.SGD, lr=0.5)
+          >>> sgd.update({"w": torch.ones(1)}, {"w": torch.ones(1)}, {}, step=0)[0]
+          {'w': tensor([0.5000])}
+        """
+        if unknown := sorted(grads.keys() - params.keys()):
+            raise ValueError(f"grads: got {unknown}, which are not among the parameters {sorted(params)}")
+        bound = self.bind(params)
+        leaves, fresh_state = tree.clone((dict(params), {name: dict(value) for name, value in opt_state.items()}))
+        storages: set[int] = set()
+        for name, leaf in leaves.items():
+            grad = grads.get(name)
+            if grad is not None and name not in bound.frozen:
+                leaf.grad = own_layout(name, grad, leaf, storages)
+        new_state = bound.apply_(leaves, fresh_state, step)
+        for leaf in leaves.values():
+            leaf.grad = None
+        return leaves, new_state
+
+    def lr_at(self, step: int) -> float:
+        """Return the base learning rate of update number `step` (0 for the first)."""
+        return float(self.lr(step) if callable(self.lr) else self.lr)
+
+    def bind(self, params: Mapping[str, Tensor]) -> "BoundOptimizer":
+        """Resolve the groups for these parameters, once; what a step function keeps."""
+        chosen = [tuple(i for i, one in enumerate(self.groups) if one.picks(name, params[name])) for name in params]
+        for index, one in enumerate(self.groups):
+            if not any(index in matches for matches in chosen):
+                raise ValueError(
+                    f"groups[{index}]: {one.select!r} selects no parameter; the model has {', '.join(params)}"
+                )
+        frozen = {
+            name for name, matches in zip(params, chosen, strict=True) if any(self.groups[i].frozen for i in matches)
+        }
+        members: dict[tuple[int, ...], list[str]] = {}
+        for name, matches in zip(params, chosen, strict=True):
+            if name not in frozen:
+                members.setdefault(matches, []).append(name)
+        if not members:
+            raise ValueError("groups: every parameter is frozen, expected at least one to train")
+        scheduled = [self._scheduled(matches) for matches in members]
+        torch_groups = []
+        for (matches, names), hyper in zip(members.items(), scheduled, strict=True):
+            options = self._options(matches) | {key: fn(0) for key, fn in hyper.items()}
+            torch_groups.append({**options, "params": [params[name] for name in names]})
+        template = self.cls(torch_groups, **{key: torch_groups[0][key] for key in ("lr", *self.options)})
+        return BoundOptimizer(template, tuple(map(tuple, members.values())), tuple(scheduled), frozenset(frozen))
+
+    def _options(self, matches: Sequence[int]) -> dict[str, Any]:
+        merged = {"lr": self.lr, **self.options}
+        for index in matches:
+            merged |= self.groups[index].options
+        return merged
+
+    def _scheduled(self, matches: Sequence[int]) -> dict[str, Callable[[int], Any]]:
+        """The options of a group that depend on the step, and a scaled learning rate, as functions of it."""
+        options = self._options(matches)
+        scale = 1.0
+        for index in matches:
+            scale *= self.groups[index].lr_scale
+        hyper = {key: value for key, value in options.items() if callable(value)}
+        if scale != 1.0:
+            lr = options["lr"]
+            hyper["lr"] = lambda step: (lr(step) if callable(lr) else lr) * scale
+        return hyper
+
+    def __repr__(self) -> str:
+        options = [f"{key}={value!r}" for key, value in self.options.items()]
+        groups = [f"groups={list(self.groups)!r}"] if self.groups else []
+        return f"optimizer({', '.join([self.cls.__name__, f'lr={self.lr!r}', *options, *groups])})"
+
+
+def optimizer(
+    cls: type[torch.optim.Optimizer], *, lr: Any, groups: Sequence[Group] | None = None, **options: Any
+) -> Optimizer:
+    """Make any torch.optim.Optimizer class (also a third party's) a value with pure `init` and `update`.
+
+    Args:
+      cls: the class; its `step` must not need a closure.
+      lr: a float, a 0-d tensor, or a schedule (any function step -> float).
+      groups: options for some of the parameters, see `group`.
+      options: keyword arguments of the class; one that is a schedule is evaluated at every step too.
+    Raises:
+      TypeError: `cls` is no optimizer class, needs a closure (LBFGS) or sparse gradients (SparseAdam).
+    Example:
+      >>> optimizer(torch.optim.AdamW, lr=1e-3, groups=[group("*bias", lr_scale=2.0)], weight_decay=0.1)
+      optimizer(AdamW, lr=0.001, weight_decay=0.1, groups=[group('*bias', lr_scale=2.0)])
+    """
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise TypeError(f"cls: got {cls!r}, expected a class derived from torch.optim.Optimizer (not an instance)")
+    if issubclass(cls, torch.optim.SparseAdam):
+        raise TypeError("cls: SparseAdam works on sparse gradients, which are not supported; use Adam or AdamW")
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(f"cls: {cls.__name__} evaluates the loss several times by a closure; use one that does not")
+    for index, one in enumerate(groups or ()):
+        if not isinstance(one, Group):
+            raise TypeError(f"groups[{index}]: got {type(one).__name__}, expected ft.group(...)")
+    return Optimizer(cls, lr, tuple(groups or ()), options)
+
+
+@attrs.frozen(eq=False)
+class BoundOptimizer:
+    """An optimizer whose groups are resolved for one set of parameters. The template is never stepped."""
+
+    template: torch.optim.Optimizer
+    names: tuple[tuple[str, ...], ...]
+    scheduled: tuple[dict[str, Callable[[int], Any]], ...]
+    frozen: frozenset[str]
+
+    def apply_(
+        self, leaves: Mapping[str, Tensor], opt_state: Mapping[str, dict[str, PyTree]], step: int
+    ) -> dict[str, Mapping[str, PyTree]]:
+        """Run the class's step in place on leaves with a `.grad` and on the tensors of `opt_state`.
+
+        A shallow copy of the template holds the tensors for this one call (3 us; building one costs 6 to 100).
+
+        Returns:
+          the new optimizer state, made of the tensors given and those the class created.
+        """
+        lent = object.__new__(type(self.template))
+        lent.__dict__.update(self.template.__dict__)
+        lent.state = defaultdict(dict)
+        lent.param_groups = []
+        for names, group_, hyper in zip(self.names, self.template.param_groups, self.scheduled, strict=True):
+            mine = {**group_, "params": [leaves[name] for name in names]}
+            for key, fn in hyper.items():
+                mine[key] = fn(step)
+            for name in names:
+                if name in opt_state:
+                    lent.state[leaves[name]] = opt_state[name]
+            for key, value in opt_state.get(names[0], {}).items():
+                if key.startswith(_GROUP_PREFIX):
+                    mine[key.removeprefix(_GROUP_PREFIX)] = value
+            lent.param_groups.append(mine)
+        before = [dict(one) for one in lent.param_groups]
+        _check_sparse(leaves, opt_state)
+        _unwrapped_step(type(lent))(lent)
+        self._check_attributes(lent)
+        return self._collect(leaves, opt_state, lent, before)
+
+    def _collect(
+        self,
+        leaves: Mapping[str, Tensor],
+        opt_state: Mapping[str, dict[str, PyTree]],
+        lent: torch.optim.Optimizer,
+        before: list[dict[str, Any]],
+    ) -> dict[str, Mapping[str, PyTree]]:
+        after: dict[str, Mapping[str, PyTree]] = {}
+        for names, group_, old in zip(self.names, lent.param_groups, before, strict=True):
+            for name in names:
+                if own := lent.state.get(leaves[name]):
+                    after[name] = own
+            kept = {key: v for key, v in opt_state.get(names[0], {}).items() if key.startswith(_GROUP_PREFIX)}
+            changed = {key for key, value in group_.items() if key != "params" and value is not old.get(key)}
+            for key in changed:
+                kept[_GROUP_PREFIX + key] = group_[key]
+            if kept:
+                after[names[0]] = {**after.get(names[0], {}), **kept}
+        return after
+
+    def _check_attributes(self, lent: torch.optim.Optimizer) -> None:
+        for key, value in lent.__dict__.items():
+            if key in ("state", "param_groups") or isinstance(value, bool):
+                continue
+            if isinstance(value, int | float | Tensor) and value is not self.template.__dict__.get(key):
+                raise TypeError(
+                    f"{type(lent).__name__}: its step changes the attribute {key!r}, outside of `state` and "
+                    "`param_groups`; it can't be used as a pure function"
+                )
+
+
+def own_layout(name: str, grad: Tensor, param: Tensor, storages: set[int]) -> Tensor:
+    """Return the gradient in the parameter's layout and in storage of its own, copied only where it is not.
+
+    `torch.autograd.grad` and `torch.func.grad` may return one storage for two gradients, stride 0, or a foreign
+    stride; in-place clipping and fused kernels then update silently wrong. `storages` collects what was seen.
+    """
+    if grad.shape != param.shape:
+        raise ValueError(f"grads[{name!r}]: got shape {tuple(grad.shape)}, the parameter has {tuple(param.shape)}")
+    storage = grad.untyped_storage().data_ptr()
+    if grad.stride() == param.stride() and grad.dtype == param.dtype and storage not in storages:
+        storages.add(storage)
+        return grad.detach()
+    with torch.no_grad():
+        return torch.empty_like(param).copy_(grad)
+
+
+def _check_sparse(leaves: Mapping[str, Tensor], opt_state: Mapping[str, Any]) -> None:
+    for name, leaf in leaves.items():
+        if name not in opt_state and leaf.grad is not None and leaf.grad.layout is not torch.strided:
+            raise TypeError(
+                f"grads[{name!r}]: got a sparse gradient, expected a dense one; make the embedding with sparse=False"
+            )
+
+
+def _unwrapped_step(cls: type[torch.optim.Optimizer]) -> Callable[[torch.optim.Optimizer], Any]:
+    """The class's step without the profiling wrapper torch puts around it (7 to 48 us a call).
+
+    Only that one wrapper is taken off, and not while step hooks for all optimizers are registered: it runs those.
+    """
+    if getattr(cls.step, "hooked", False) and not (_global_optimizer_pre_hooks or _global_optimizer_post_hooks):
+        return cls.step.__wrapped__  # type: ignore[attr-defined,no-any-return]
+    return cls.step

@@ -1,0 +1,76 @@
+"""Randomness as data: every draw is a function of a few integers, never of what a global generator held before."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_MASK = (1 << 64) - 1
+
+
+def fold_in(seed: int, *data: int) -> int:
+    """Derive a 64-bit seed from `seed` and further integers such as (step, rank).
+
+    Each integer passes through the splitmix64 finaliser, so neighbouring steps give unrelated seeds.
+
+    Args:
+      seed: any integer.
+      data: integers to fold in, in order; (1, 2) and (2, 1) differ.
+    Returns:
+      an integer in [0, 2**64).
+    Example:
+      >>> fold_in(0, 1) == fold_in(0, 1), fold_in(0, 1) == fold_in(1, 0)
+      (True, False)
+
+    Source: jax.random.fold_in; Steele et al. 2014, "Fast splittable pseudorandom number generators".
+    """
+    value = 0
+    for item in (seed, *data):
+        value = (value + 0x9E3779B97F4A7C15 + (item & _MASK)) & _MASK
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+        value ^= value >> 31
+    return value
+
+
+def seed_generators(seed: int, *data: int) -> None:
+    """Seed torch's default generators, CPU and every initialised GPU, from (seed, *data).
+
+    The effect of a step on the outside world: what it draws depends on (seed, step, rank) only, and what the
+    generators held before is overwritten. `Generator.manual_seed` costs 1 to 2 us, `torch.manual_seed` 400.
+
+    Args:
+      seed: any integer.
+      data: integers folded in, such as (step, rank).
+    Example:
+      >>> seed_generators(0, 7); a = torch.rand(2)
+      >>> seed_generators(0, 7); bool((a == torch.rand(2)).all())
+      True
+    """
+    value = fold_in(seed, *data)
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        for generator in torch.cuda.default_generators:
+            generator.manual_seed(value)
+
+
+@contextmanager
+def preserved_generators() -> Iterator[None]:
+    """Put torch's default generators back as they were when the block ends.
+
+    Example:
+      >>> before = torch.get_rng_state()
+      >>> with preserved_generators():
+      ...     _ = torch.rand(3)
+      >>> bool((before == torch.get_rng_state()).all())
+      True
+    """
+    generators = [torch.default_generator]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        generators += torch.cuda.default_generators
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

@@ -1,0 +1,226 @@
+"""TrainState: the immutable record that a step maps to the next one.
+
+Everything the next step depends on is in the record, by name; no optimizer object, iterator, module or lambda ever is.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+import attrs
+from torch import Tensor
+
+from fntrain import tree
+from fntrain.tree import PyTree
+
+StepFn = Callable[["TrainState", Any], "TrainState"]
+SAVED = ("step", "position", "seed", "params", "buffers", "opt_state", "hooks", "extra")
+
+
+@attrs.frozen
+class Stop:
+    """Why a run ended: `done` (max_steps or data), `requested` (a hook or the caller) or `error`."""
+
+    kind: Literal["done", "requested", "error"]
+    reason: str
+
+
+@attrs.frozen(kw_only=True)
+class Run:
+    """What `fit` knows of its own call. Steps must not read it; hooks may; only `ft.stop` changes it."""
+
+    start_step: int = 0
+    max_steps: int | None = None
+    stop: Stop | None = None
+
+
+class _Keep:
+    def __repr__(self) -> str:
+        return "<unchanged>"
+
+
+_KEEP: Any = _Keep()
+
+
+def _view(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+    return mapping if type(mapping) is MappingProxyType else MappingProxyType(dict(mapping))
+
+
+@attrs.frozen(kw_only=True, eq=False, repr=False)
+class TrainState:
+    """All that the next step depends on, plus what the last step reported.
+
+    Mappings are read-only views; the tensors in them must not be written to. `==` and `digest` cover the saved
+    fields (all but `metrics` and `run`) and hold exactly when every leaf is bitwise equal.
+
+    Args:
+      step: completed calls of the step function; a skipped update counts too.
+      position: batches taken from the data; equals `step` unless a roll-back skipped some.
+      seed: every random draw is a function of (seed, step, rank, use).
+      params, buffers: tensors by the module's own names; buffers are the persistent ones.
+      opt_state: by parameter name, then by the optimizer's own names; empty until the first update.
+      hooks: what hooks remember, by hook name.
+      extra: the user's own pytree.
+      metrics: 0-d tensors or floats (and media) that the last step and the hooks after it reported.
+      run: record of this `fit` call.
+    Example:
+      >>> state = TrainState(step=0, position=0, seed=0, params={"w": torch.zeros(2)})
+      >>> state.advance(metrics={"loss": 1.0}).step
+      1
+    """
+
+    step: int
+    position: int
+    seed: int
+    params: Mapping[str, Tensor] = attrs.field(converter=_view)
+    buffers: Mapping[str, Tensor] = attrs.field(factory=dict, converter=_view)
+    opt_state: Mapping[str, Mapping[str, PyTree]] = attrs.field(factory=dict, converter=_view)
+    hooks: Mapping[str, PyTree] = attrs.field(factory=dict, converter=_view)
+    extra: Mapping[str, PyTree] = attrs.field(factory=dict, converter=_view)
+    metrics: Mapping[str, Any] = attrs.field(factory=dict, converter=_view)
+    run: Run = attrs.field(factory=Run)
+
+    def replace(
+        self,
+        *,
+        step: int = _KEEP,
+        position: int = _KEEP,
+        seed: int = _KEEP,
+        params: Mapping[str, Tensor] = _KEEP,
+        buffers: Mapping[str, Tensor] = _KEEP,
+        opt_state: Mapping[str, Mapping[str, PyTree]] = _KEEP,
+        hooks: Mapping[str, PyTree] = _KEEP,
+        extra: Mapping[str, PyTree] = _KEEP,
+        metrics: Mapping[str, Any] = _KEEP,
+        run: Run = _KEEP,
+    ) -> "TrainState":
+        """Return a state with some fields changed; `attrs.evolve`, spelled out because it runs every step.
+
+        Example:
+          >>> state = TrainState(step=0, position=0, seed=0, params={"w": torch.zeros(2)})
+          >>> state.replace(extra={"note": "warm"}).extra["note"]
+          'warm'
+        """
+        return TrainState(
+            step=self.step if step is _KEEP else step,
+            position=self.position if position is _KEEP else position,
+            seed=self.seed if seed is _KEEP else seed,
+            params=self.params if params is _KEEP else params,
+            buffers=self.buffers if buffers is _KEEP else buffers,
+            opt_state=self.opt_state if opt_state is _KEEP else opt_state,
+            hooks=self.hooks if hooks is _KEEP else hooks,
+            extra=self.extra if extra is _KEEP else extra,
+            metrics=self.metrics if metrics is _KEEP else metrics,
+            run=self.run if run is _KEEP else run,
+        )
+
+    def advance(self, **changes: Any) -> "TrainState":
+        """Return `replace(**changes)` with step and position one further: what a hand-written step returns."""
+        return self.replace(step=self.step + 1, position=self.position + 1, **changes)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TrainState):
+            return NotImplemented
+        return self is other or tree.bitwise_equal(saved_fields(self), saved_fields(other))
+
+    __hash__ = None  # type: ignore[assignment]  # equality reads every leaf
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Read-only views do not pickle (or deepcopy); plain dicts do.
+        fields = {field.name: getattr(self, field.name) for field in attrs.fields(TrainState)}
+        plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in fields.items()}
+        return _rebuild, (plain,)
+
+    def __repr__(self) -> str:
+        lines = [f"TrainState(step={self.step}, position={self.position}, seed={self.seed})"]
+        for name in ("params", "buffers", "opt_state", "hooks", "extra"):
+            if getattr(self, name):
+                lines.append(f"  {name:<10}{_summary(getattr(self, name))}")
+        if self.metrics:
+            lines.append(f"  {'metrics':<10}{', '.join(self.metrics)}")
+        if self.run.stop:
+            lines.append(f"  {'stop':<10}{self.run.stop.kind}: {self.run.stop.reason}")
+        return "\n".join(lines)
+
+
+def saved_fields(state: TrainState) -> dict[str, Any]:
+    """Return the fields that checkpoints hold and equality compares, by name."""
+    return {name: getattr(state, name) for name in SAVED}
+
+
+def named_leaves(state: TrainState) -> Iterator[tuple[str, tree.Leaf]]:
+    """Yield (dotted path, leaf) for every saved leaf of a state.
+
+    Example:
+      >>> state = TrainState(step=3, position=3, seed=0, params={"fc.bias": torch.zeros(2)})
+      >>> [path for path, _ in named_leaves(state)]
+      ['step', 'position', 'seed', 'params.fc.bias']
+    """
+    return tree.named_leaves(saved_fields(state))
+
+
+def digest(state: TrainState) -> str:
+    """Return 16 hexadecimal digits that are equal for two states exactly when the states are (`==`).
+
+    Cost: reads every saved byte once; a device transfer for tensors on a GPU.
+
+    Example:
+      >>> state = TrainState(step=0, position=0, seed=0, params={"w": torch.zeros(2)})
+      >>> digest(state) == digest(snapshot(state)), digest(state) == digest(state.replace(seed=1))
+      (True, False)
+    """
+    return tree.fingerprint(saved_fields(state))
+
+
+def snapshot(state: TrainState) -> TrainState:
+    """Copy a state into memory of its own, so that it outlives a donated step or a write to the module.
+
+    Example:
+      >>> weight = torch.zeros(2)
+      >>> state = TrainState(step=0, position=0, seed=0, params={"w": weight})
+      >>> kept = snapshot(state); _ = weight.add_(1)
+      >>> kept.params["w"]
+      tensor([0., 0.])
+    """
+    names = ("params", "buffers", "opt_state", "hooks", "extra")
+    copies = tree.clone({name: getattr(state, name) for name in names})
+    metrics = {
+        name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in state.metrics.items()
+    }
+    return state.replace(**copies, metrics=metrics)
+
+
+def stop(state: TrainState, reason: str) -> TrainState:
+    """Return a state that asks `fit` to stop after this step; an earlier request stays.
+
+    Example:
+      >>> state = TrainState(step=0, position=0, seed=0, params={})
+      >>> stop(state, "loss below 0.1").run.stop
+      Stop(kind='requested', reason='loss below 0.1')
+    """
+    if state.run.stop is not None:
+        return state
+    return state.replace(run=attrs.evolve(state.run, stop=Stop("requested", reason)))
+
+
+def remember(state: TrainState, name: str, memory: PyTree) -> TrainState:
+    """Return a state in which the hook `name` remembers `memory` (see `ft.stateful`).
+
+    Example:
+      >>> state = TrainState(step=0, position=0, seed=0, params={})
+      >>> dict(remember(state, "best", 0.5).hooks)
+      {'best': 0.5}
+    """
+    return state.replace(hooks={**state.hooks, name: memory})
+
+
+def _rebuild(fields: dict[str, Any]) -> TrainState:
+    return TrainState(**fields)
+
+
+def _summary(value: PyTree) -> str:
+    tensors = [leaf for _, leaf in tree.named_leaves(value) if isinstance(leaf, Tensor)]
+    others = sum(1 for _, leaf in tree.named_leaves(value) if not isinstance(leaf, Tensor))
+    numbers, size = sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
+    text = f"{len(tensors)} tensors, {numbers:,} numbers, {size:,} bytes"
+    return text + (f", {others} other leaves" if others else "")

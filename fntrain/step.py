@@ -1,0 +1,287 @@
+"""supervised_step: the step function most jobs need, as a frozen callable record.
+
+One body does the work: seed, forward and backward of each micro-batch, decide whether the result is finite, clip,
+update. The pure step is that body on fresh copies of the state's leaves, lent to the module's slots for the call.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
+from typing import Any, Literal
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from fntrain import events, grads, tree
+from fntrain.batch import Batch, split_batch
+from fntrain.errors import NonFiniteError
+from fntrain.events import Collector, MetricName
+from fntrain.loss import Loss, Objective, Weighted, WeightsFn, objective
+from fntrain.module import Slots
+from fntrain.optim import BoundOptimizer, Optimizer, own_layout
+from fntrain.rng import seed_generators
+from fntrain.state import TrainState
+
+LossFn = Callable[[nn.Module, Batch], Loss | Weighted]
+TransformGrads = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+LR = MetricName("lr", smooth="latest")
+SKIPPED = MetricName("skipped", reduce="max")
+_RESERVED = frozenset({"loss", "lr", "grad_norm", "skipped"})
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class SupervisedStep:
+    """A step function `(state, batch) -> state`; made by `supervised_step`, changed by `attrs.evolve`."""
+
+    model: nn.Module = attrs.field(repr=lambda model: type(model).__name__)
+    loss_fn: LossFn
+    optimizer: Optimizer
+    accumulate: int
+    clip_grad_norm: float | None
+    clip_grad_value: float | None
+    precision: str
+    on_nonfinite: str
+    transform_grads: TransformGrads | None
+    weights: WeightsFn | None
+    split: Callable[[Batch, int], list[Batch]] | None
+    rank: int = 0
+    slots: Slots = attrs.field(init=False, repr=False)
+    bound: BoundOptimizer = attrs.field(init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "slots", Slots.of(self.model))
+        detached = {name: param.detach() for name, param in self.slots.params.items()}
+        object.__setattr__(self, "bound", self.optimizer.bind(detached))
+
+    def __call__(self, state: TrainState, batch: Batch) -> TrainState:
+        params, buffers = self._fresh(state)
+        lease = self.slots.lend(params, buffers)
+        frozen = [param for name, param in self.slots.params.items() if name in self.bound.frozen]
+        thawed = [param for param in frozen if param.requires_grad]
+        for param in thawed:
+            param.requires_grad_(False)
+        try:
+            return self._body(state, batch, params, lambda: self.slots.written_buffers(lease, buffers))
+        finally:
+            for param in thawed:
+                param.requires_grad_(True)
+            self.slots.take_back(lease)
+
+    def _fresh(self, state: TrainState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Copies of parameters and buffers, which the module writes to and the next state keeps."""
+        try:
+            names = list(self.slots.params)
+            sources = [state.params[name] for name in names]
+        except KeyError:
+            self.slots.check(state)
+            raise
+        copies = tree.clone_tensors([*sources, *state.buffers.values()])
+        params = dict(zip(names, copies, strict=False))
+        return params, dict(zip(state.buffers, copies[len(names) :], strict=True))
+
+    def _body(
+        self,
+        state: TrainState,
+        batch: Batch,
+        params: dict[str, Tensor],
+        written_buffers: Callable[[], dict[str, Tensor]],
+    ) -> TrainState:
+        seed_generators(state.seed, state.step, self.rank)
+        parts = self._backward(batch)
+        leaves = self._reduced_leaves(parts)
+        metrics = _report(parts)
+        norm = self._norm(leaves)
+        healthy = self._healthy(metrics["loss"], norm, parts)
+        metrics[LR] = self.optimizer.lr(state.step) if callable(self.optimizer.lr) else self.optimizer.lr
+        if norm is not None:
+            metrics["grad_norm"] = norm
+        on_host = _decides_on_host(metrics["loss"], state)
+        if self.on_nonfinite != "allow":
+            metrics[SKIPPED] = float(not bool(healthy)) if on_host else (~healthy).float()
+        if on_host and not bool(healthy):
+            self._refuse(state, metrics["loss"])
+            return state.advance(metrics=metrics)
+        self._clip(leaves, norm)
+        opt_state = self.bound.apply_(self.slots.params, tree.clone(state.opt_state), state.step)
+        new: dict[str, Any] = {"params": params, "buffers": written_buffers(), "opt_state": opt_state}
+        if not on_host:
+            new = {name: _select(healthy, value, getattr(state, name)) for name, value in new.items()}
+        return state.advance(**{name: MappingProxyType(value) for name, value in new.items()}, metrics=metrics)
+
+    def _backward(self, batch: Batch) -> list[tuple[Objective, Collector]]:
+        """Run forward and backward of every micro-batch, gradients adding up in `.grad`."""
+        denominators = None if self.weights is None else self.weights(batch)
+        micro_batches = [batch] if self.accumulate == 1 else (self.split or split_batch)(batch, self.accumulate)
+        parts = []
+        for micro_batch in micro_batches:
+            # Autocast is entered per micro-batch: its cache of cast weights must not outlive an update.
+            with events.collecting() as collector, self._autocast():
+                output = self.loss_fn(self.model, micro_batch)
+            part = objective(output, micro_batch, alone=len(micro_batches) == 1, denominators=denominators)
+            part.total.backward()  # type: ignore[no-untyped-call]
+            detached = {name: term.detach() for name, term in part.terms.items()}
+            parts.append((attrs.evolve(part, terms=detached, total=part.total.detach()), collector))
+        return parts
+
+    def _reduced_leaves(self, parts: list[tuple[Objective, Collector]]) -> dict[str, Tensor]:
+        """The parameters that got a gradient, divided by the weights, after `transform_grads`."""
+        leaves: dict[str, Tensor] = {n: param for n, param in self.slots.params.items() if param.grad is not None}
+        if not leaves:
+            raise ValueError("loss_fn: no parameter got a gradient; the loss does not depend on the model")
+        if parts[0][0].divide:
+            torch._foreach_div_(_grads(leaves), _total_weight(parts))
+        if self.transform_grads is None:
+            return leaves
+        before = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        after = self.transform_grads(MappingProxyType(before))
+        if not isinstance(after, Mapping) or (after.keys() - before.keys()):
+            raise ValueError(f"transform_grads: got {after!r:.80}, expected a mapping of some of {sorted(before)}")
+        storages: set[int] = set()
+        for name, leaf in leaves.items():
+            leaf.grad = own_layout(name, after[name], leaf, storages) if name in after else None
+        return {name: leaf for name, leaf in leaves.items() if name in after}
+
+    def _norm(self, leaves: dict[str, Tensor]) -> Tensor | None:
+        wanted = self.clip_grad_norm is not None or self.on_nonfinite != "allow"
+        return grads.global_norm(_grads(leaves)) if wanted and leaves else None
+
+    def _healthy(self, loss: Tensor, norm: Tensor | None, parts: list[tuple[Objective, Collector]]) -> Any:
+        """Whether to update: loss and gradients finite, and weight not 0; a bool on the CPU, a tensor elsewhere."""
+        total = _total_weight(parts) if parts[0][0].divide else 1.0
+        if self.on_nonfinite == "allow" or norm is None:
+            return total != 0
+        if loss.device.type == "cpu":
+            return math.isfinite(norm.item()) and math.isfinite(loss.item()) and bool(total != 0)
+        return torch.isfinite(norm) & torch.isfinite(loss) & (total != 0)
+
+    def _refuse(self, state: TrainState, loss: Tensor) -> None:
+        if self.on_nonfinite != "raise":
+            return
+        bad = [n for n, p in self.slots.params.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+        if bad or not bool(loss.isfinite()):
+            raise NonFiniteError(
+                f"step {state.step + 1}: loss is {loss.item()}, gradients are not finite in {bad or 'no parameter'}; "
+                "the state before this step is unchanged"
+            )
+
+    def _clip(self, leaves: dict[str, Tensor], norm: Tensor | None) -> None:
+        if self.clip_grad_norm is not None and norm is not None:
+            grads.clip_by_norm_(_grads(leaves), norm, self.clip_grad_norm)
+        if self.clip_grad_value is not None:
+            grads.clip_by_value_(_grads(leaves), self.clip_grad_value)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return nullcontext()
+        device = next(iter(self.slots.params.values())).device
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def supervised_step(
+    model: nn.Module,
+    loss_fn: LossFn,
+    optimizer: Optimizer,
+    *,
+    accumulate: int = 1,
+    clip_grad_norm: float | None = None,
+    clip_grad_value: float | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    on_nonfinite: Literal["skip", "raise", "allow"] = "skip",
+    transform_grads: TransformGrads | None = None,
+    weights: WeightsFn | None = None,
+    split: Callable[[Batch, int], list[Batch]] | None = None,
+) -> SupervisedStep:
+    """Make a pure step function from a model, a loss and an optimizer.
+
+    The model's train/eval flags are taken as they are. The default generators are seeded from (seed, step, rank).
+    Reports `loss`, each term of a dict of losses, `lr`, `grad_norm` and `skipped` in `state.metrics`.
+
+    Args:
+      model: its parameters and persistent buffers are lent the state's tensors for each call.
+      loss_fn: (model, batch) -> scalar tensor, dict of them (summed), or `ft.weighted(sum, weight)`.
+      optimizer: from `ft.optimizer`.
+      accumulate: number of micro-batches a batch is split into; exact for ragged ones, each weighs its samples.
+      clip_grad_norm: largest global 2-norm of the gradients; not together with `clip_grad_value`.
+      clip_grad_value: largest absolute value of a gradient element.
+      precision: "bf16" runs model and loss under autocast.
+      on_nonfinite: "skip" keeps everything but the counters if loss or gradients are inf or nan; "raise" raises
+        NonFiniteError with the names; "allow" does not look (saves the norm when not clipping).
+      transform_grads: pure function of the gradients by name, before clipping; names left out are not updated.
+      weights: batch -> {term: denominator}, for a dict of loss *sums* with denominators of their own.
+      split: (batch, num) -> micro-batches, for batches that `ft.split_batch` can't split.
+    Raises:
+      ValueError, TypeError: an argument out of range or of the wrong kind; what the loss or the batch lacks.
+    Example:
+      >>> import fntrain as ft
+      >>> model = nn.Linear(2, 1)
+      >>> sgd = ft.optimizer(torch.optim.SGD, lr=0.1)
+      >>> step_fn = supervised_step(model, lambda model, batch: model(batch).square().mean(), sgd)
+      >>> state = step_fn(ft.init_state(model, sgd), torch.ones(4, 2))
+      >>> state.step, sorted(state.metrics)
+      (1, ['grad_norm', 'loss', 'lr', 'skipped'])
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer: got {type(optimizer).__name__}, expected ft.optimizer(torch.optim.AdamW, lr=...)")
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"accumulate: got {accumulate!r}, expected a whole number >= 1")
+    for name, value in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}: got {value!r}, expected a number > 0 or None")
+    if clip_grad_norm is not None and clip_grad_value is not None:
+        raise ValueError("clip_grad_norm and clip_grad_value: got both, expected at most one")
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision: got {precision!r}, expected 'fp32' or 'bf16'")
+    if on_nonfinite not in ("skip", "raise", "allow"):
+        raise ValueError(f"on_nonfinite: got {on_nonfinite!r}, expected 'skip', 'raise' or 'allow'")
+    return SupervisedStep(
+        model=model,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        accumulate=accumulate,
+        clip_grad_norm=clip_grad_norm,
+        clip_grad_value=clip_grad_value,
+        precision=precision,
+        on_nonfinite=on_nonfinite,
+        transform_grads=transform_grads,
+        weights=weights,
+        split=split,
+    )
+
+
+def _grads(leaves: dict[str, Tensor]) -> list[Tensor]:
+    return [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
+
+
+def _total_weight(parts: list[tuple[Objective, Collector]]) -> Any:
+    first, *others = [part.weight for part, _ in parts]
+    return sum(others, start=first)
+
+
+def _report(parts: list[tuple[Objective, Collector]]) -> dict[str, Any]:
+    """Metrics of a step: what was reported inside, then the losses, divided like the gradients."""
+    metrics = events.merge([(collector, part.weight) for part, collector in parts])
+    if not _RESERVED.isdisjoint(metrics):
+        raise ValueError(f"put_scalar: {sorted(_RESERVED & metrics.keys())} are reported by the step itself; rename")
+    divisor = _total_weight(parts) if parts[0][0].divide else None
+    sums = {name: sum((p.terms[name] for p, _ in parts[1:]), start=term) for name, term in parts[0][0].terms.items()}
+    sums["loss"] = sum((part.total for part, _ in parts[1:]), start=parts[0][0].total)
+    return metrics | (sums if divisor is None else {name: value / divisor for name, value in sums.items()})
+
+
+def _decides_on_host(loss: Tensor, state: TrainState) -> bool:
+    """Host branch on the CPU, and wherever the first update still has to create the optimizer's state.
+
+    An optimizer with Python counters can't be chosen on the device either: it pays a synchronisation a step.
+    """
+    if loss.device.type == "cpu" or not state.opt_state:
+        return True
+    return any(not isinstance(leaf, Tensor) for _, leaf in tree.named_leaves(state.opt_state))
+
+
+def _select(healthy: Tensor, new: Any, old: Any) -> Any:
+    """Choose every tensor on the device, without waiting for the decision."""
+    if isinstance(new, Tensor):
+        return torch.where(healthy.to(new.device), new, old)
+    return {key: _select(healthy, value, old[key]) if key in old else value for key, value in new.items()}

@@ -1,0 +1,187 @@
+"""Pytrees: nested mappings, lists and tuples of leaves, walked with dotted paths.
+
+A leaf is a tensor, int, float, bool, str or None. Anything else is refused by name, so that a state can always be
+saved without pickle. This is not a registry: there are no other containers.
+"""
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PyTree = Any
+Leaf = Tensor | int | float | bool | str | None
+
+
+def named_leaves(tree: PyTree, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
+    """Yield (dotted path, leaf) for every leaf, mappings in their own order.
+
+    Args:
+      tree: nested mappings, lists and tuples.
+      prefix: path of the tree itself, put before every path.
+    Returns:
+      an iterator; tensors are yielded as they are, not copied.
+    Raises:
+      TypeError: a leaf is of another kind, or a mapping has a key that is not a string.
+    Example:
+      >>> list(named_leaves({"a": [1, 2.0], "b": {"c": None}}))
+      [('a.0', 1), ('a.1', 2.0), ('b.c', None)]
+    """
+    for path, item in _walk(tree, prefix, ordered=False):
+        if not isinstance(item, _Opened):
+            yield path, item
+
+
+def map_leaves(fn: Callable[[Any], Any], tree: PyTree) -> PyTree:
+    """Rebuild a tree with `fn` applied to every leaf; mappings become dicts.
+
+    Example:
+      >>> map_leaves(lambda leaf: leaf + 1, {"a": (1, 2)})
+      {'a': (2, 3)}
+    """
+    if isinstance(tree, Mapping):
+        return {key: map_leaves(fn, value) for key, value in tree.items()}
+    if type(tree) is tuple or type(tree) is list:
+        return type(tree)([map_leaves(fn, value) for value in tree])
+    return fn(tree)
+
+
+def map_tensors(fn: Callable[[Tensor], Tensor], tree: PyTree) -> PyTree:
+    """Rebuild a tree with `fn` applied to its tensors, other leaves kept.
+
+    Example:
+      >>> map_tensors(torch.neg, [torch.ones(()), "x"])
+      [tensor(-1.), 'x']
+    """
+    return map_leaves(lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def clone(tree: PyTree) -> PyTree:
+    """Copy every tensor of a tree, detached, strides kept, in one foreach call; other leaves are shared.
+
+    Example:
+      >>> tree = {"a": torch.zeros(2)}
+      >>> copy = clone(tree)
+      >>> _ = copy["a"].add_(1)
+      >>> tree["a"]
+      tensor([0., 0.])
+    """
+    sources: list[Tensor] = []
+    map_tensors(lambda leaf: sources.append(leaf) or leaf, tree)  # type: ignore[func-returns-value]
+    copies = iter(clone_tensors(sources))
+    return map_tensors(lambda _: next(copies), tree)
+
+
+def clone_tensors(tensors: list[Tensor]) -> list[Tensor]:
+    """Copy tensors into fresh storage, detached, dense strides kept.
+
+    Example:
+      >>> clone_tensors([torch.ones(1)])
+      [tensor([1.])]
+    """
+    if not tensors:
+        return []
+    with torch.no_grad():
+        # torch >= 2.12 has one call for it; before that the same two loops, spelled out.
+        if hasattr(torch, "_foreach_clone"):
+            return list(torch._foreach_clone(tensors))
+        copies = [torch.empty_like(tensor) for tensor in tensors]
+        torch._foreach_copy_(copies, tensors)
+        return copies
+
+
+def bitwise_equal(a: PyTree, b: PyTree) -> bool:
+    """Tell whether two trees have the same structure and every leaf the same bits.
+
+    Unlike `==`: nan equals itself, 0.0 differs from -0.0, 1 from 1.0, float32 from float64. Strides, devices and
+    the order of keys do not count.
+
+    Example:
+      >>> bitwise_equal({"x": float("nan")}, {"x": float("nan")}), bitwise_equal(0.0, -0.0)
+      (True, False)
+    """
+    # A container's mark holds its length, so walks of different length differ before the shorter one ends.
+    walks = zip(_walk(a, "", ordered=True), _walk(b, "", ordered=True), strict=False)
+    return all(one[0] == other[0] and _same_bits(one[1], other[1]) for one, other in walks)
+
+
+def fingerprint(tree: PyTree) -> str:
+    """Hash structure and bits of a tree to 16 hexadecimal digits; equal exactly when `bitwise_equal`.
+
+    Cost: one pass over all bytes on the host (about 1 GB/s), with a device transfer where needed.
+
+    Example:
+      >>> fingerprint({"a": 1}) == fingerprint({"a": 1}), fingerprint({"a": 1}) == fingerprint({"a": True})
+      (True, False)
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for path, item in _walk(tree, "", ordered=True):
+        digest.update(repr((path, _kind(item))).encode())
+        digest.update(to_bytes(item) if isinstance(item, Tensor) else repr(_bits(item)).encode())
+    return digest.hexdigest()
+
+
+def to_bytes(tensor: Tensor) -> memoryview:
+    r"""View a tensor's values as bytes in logical (C) order; copies only if it is not contiguous on the CPU.
+
+    Example:
+      >>> bytes(to_bytes(torch.tensor([1, 2], dtype=torch.int16)))
+      b'\x01\x00\x02\x00'
+    """
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        raise TypeError(f"got a {tensor.layout} tensor, expected a plain dense one; convert it with .to_dense()")
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    array: Any = flat.view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+class _Opened:
+    """Marks where a container begins, so that [] and {} and a missing key differ."""
+
+    __slots__ = ("kind",)
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+
+def _walk(tree: PyTree, path: str, *, ordered: bool) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        yield path, _Opened(f"dict{len(tree)}")
+        for key in sorted(tree) if ordered else tree:
+            if not isinstance(key, str):
+                raise TypeError(f"{path or 'tree'}: got key {key!r}, expected a string")
+            yield from _walk(tree[key], f"{path}.{key}" if path else key, ordered=ordered)
+    elif type(tree) is list or type(tree) is tuple:
+        yield path, _Opened(f"{type(tree).__name__}{len(tree)}")
+        for index, value in enumerate(tree):
+            yield from _walk(value, f"{path}.{index}" if path else str(index), ordered=ordered)
+    elif tree is None or isinstance(tree, Tensor | int | float | str):
+        yield path, tree
+    else:
+        raise TypeError(
+            f"{path or 'tree'}: got {type(tree).__name__}, expected a tensor, number, string, None, or a dict, "
+            "list or tuple of them"
+        )
+
+
+def _kind(item: Any) -> tuple[Any, ...]:
+    if isinstance(item, Tensor):
+        return ("tensor", str(item.dtype), tuple(item.shape))
+    return (item.kind,) if isinstance(item, _Opened) else (type(item).__name__,)
+
+
+def _bits(item: Any) -> Any:
+    if isinstance(item, _Opened):
+        return None
+    return struct.pack("<d", item) if isinstance(item, float) else item
+
+
+def _same_bits(a: Any, b: Any) -> bool:
+    if _kind(a) != _kind(b):
+        return False
+    if not isinstance(a, Tensor):
+        return bool(_bits(a) == _bits(b))
+    return a is b or to_bytes(a) == to_bytes(b)

@@ -1,0 +1,34 @@
+"""Where metrics go: the console, a JSON lines file, TensorBoard. A writer of your own is a record with `open`."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fntrain.writers.console import Console, console
+from fntrain.writers.jsonl import Jsonl, jsonl
+from fntrain.writers.row import Row, Writer, WriteRow
+from fntrain.writers.tensorboard import TensorBoard, tensorboard
+
+__all__ = [
+    "Console",
+    "Jsonl",
+    "Row",
+    "TensorBoard",
+    "WriteRow",
+    "Writer",
+    "console",
+    "default",
+    "jsonl",
+    "tensorboard",
+]
+
+
+def default(directory: str | os.PathLike[str], *, hparams: Mapping[str, Any] | None = None) -> tuple[Writer, ...]:
+    """Return the usual three: console, `metrics.jsonl` and TensorBoard files in the run's directory.
+
+    Example:
+      >>> [type(writer).__name__ for writer in default("runs/digits")]
+      ['Console', 'Jsonl', 'TensorBoard']
+    """
+    return console(), jsonl(Path(directory) / "metrics.jsonl"), tensorboard(directory, hparams=hparams)

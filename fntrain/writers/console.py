@@ -1,0 +1,75 @@
+"""writers.console: one aligned line per period."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import attrs
+import torch
+
+from fntrain.writers.row import Row, WriteRow
+
+
+@attrs.frozen
+class Console:
+    """Prints rows to standard output; made by `console`."""
+
+    @contextmanager
+    def open(self, start_step: int) -> Iterator[WriteRow]:
+        begin, first = time.perf_counter(), start_step
+
+        def write(row: Row) -> None:
+            seconds = (time.perf_counter() - begin) / max(row.step - first, 1)
+            print(_line(row, seconds), file=sys.stdout, flush=True)
+
+        yield write
+
+
+def console() -> Console:
+    """Print one line per write: step, eta, losses, other metrics, lr, times in ms, memory.
+
+    Example:
+      >>> console()
+      Console()
+    """
+    return Console()
+
+
+def _line(row: Row, seconds_per_step: float) -> str:
+    total = "" if row.max_steps is None else f"/{row.max_steps}"
+    parts = [f"step {row.step:>{max(len(total) - 1, 1)}}{total}"]
+    if row.periodic and row.max_steps is not None:
+        parts.append(f"eta {_duration(seconds_per_step * (row.max_steps - row.step))}")
+    names = sorted(row.scalars, key=lambda name: (name != "loss", "loss" not in name))
+    for name in names:
+        if not name.startswith("time/"):
+            parts.append(f"{name} {_number(row.scalars[name])}")
+    for name in names:
+        if name.startswith("time/"):
+            parts.append(f"{name.removeprefix('time/')} {row.scalars[name] * 1000:.1f} ms")
+    if row.periodic:
+        parts.append(f"mem {_memory()}")
+    return "  ".join(parts)
+
+
+def _number(value: float) -> str:
+    small = value != 0 and abs(value) < 1e-3
+    return f"{value:.2e}" if small or abs(value) >= 1e6 else f"{value:.4f}" if value % 1 else f"{value:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+
+
+def _memory() -> str:
+    """Peak memory: of the GPU's tensors if one is in use, else of the process."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
+    try:
+        import resource
+    except ImportError:  # no such module on Windows
+        return "n/a"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"{peak / (2**20 if sys.platform == 'darwin' else 2**10):.0f} MiB"

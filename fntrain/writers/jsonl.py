@@ -1,0 +1,66 @@
+"""writers.jsonl: one JSON object per line."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import attrs
+
+from fntrain.writers.row import Row, WriteRow
+
+
+@attrs.frozen
+class Jsonl:
+    """Appends rows to a file; made by `jsonl`."""
+
+    path: str
+
+    @contextmanager
+    def open(self, start_step: int) -> Iterator[WriteRow]:
+        path = Path(self.path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _truncate(path, start_step)
+        with path.open("a", encoding="utf-8") as file:
+
+            def write(row: Row) -> None:
+                # Strict JSON has no nan: it is written as null.
+                numbers = {key: value if math.isfinite(value) else None for key, value in row.scalars.items()}
+                file.write(json.dumps({"step": row.step, **numbers}, allow_nan=False) + "\n")
+                file.flush()
+
+            yield write
+
+
+def jsonl(path: str | os.PathLike[str]) -> Jsonl:
+    """Write scalars to a file, one JSON object per line, `step` first; nan and inf are written as null.
+
+    A resumed run first removes the lines of steps after its start (and a last line that a kill cut short), so no step
+    appears twice.
+
+    Example:
+      >>> jsonl("runs/digits/metrics.jsonl")
+      Jsonl(path='runs/digits/metrics.jsonl')
+    """
+    return Jsonl(os.fspath(path))
+
+
+def _truncate(path: Path, start_step: int) -> None:
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if _step(line, start_step) <= start_step]
+    if kept != lines:
+        fresh = path.with_name(path.name + ".new")
+        fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        fresh.replace(path)
+
+
+def _step(line: str, start_step: int) -> int:
+    """The line's step; one past the start for what is no row, so that it goes."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return start_step + 1

@@ -1,0 +1,36 @@
+"""What a writer is: a value whose `open` gives a function that takes rows."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import attrs
+
+
+@attrs.frozen(kw_only=True)
+class Row:
+    """What is written at one step.
+
+    Args:
+      step: number of the step, from 1.
+      max_steps: of the run, or None.
+      scalars: numbers by name, already on the host and smoothed.
+      media: ft.events.Image, Histogram or Text by name.
+      periodic: False for results written at a step of their own, between two periods.
+    """
+
+    step: int
+    max_steps: int | None
+    scalars: Mapping[str, float]
+    media: Mapping[str, Any]
+    periodic: bool
+
+
+WriteRow = Callable[[Row], None]
+
+
+class Writer(Protocol):
+    """Where metrics go. A frozen record; what it holds open lives in the context manager only."""
+
+    def open(self, start_step: int) -> AbstractContextManager[WriteRow]:
+        """Open for a run that starts after `start_step`: what was written for later steps must not stay."""

@@ -1,0 +1,64 @@
+"""writers.tensorboard: event files for TensorBoard."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+
+from fntrain import events
+from fntrain.writers.row import Row, WriteRow
+
+
+@attrs.frozen
+class TensorBoard:
+    """Writes event files; made by `tensorboard`."""
+
+    directory: str
+    hparams: Mapping[str, Any] | None
+
+    @contextmanager
+    def open(self, start_step: int) -> Iterator[WriteRow]:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import: only where it is used
+
+        purge = start_step + 1 if start_step > 0 else None  # what an earlier run wrote for later steps is hidden
+        with SummaryWriter(self.directory, purge_step=purge) as writer:
+            if self.hparams and start_step == 0:
+                rows = "\n".join(f"| {key} | {value} |" for key, value in self.hparams.items())
+                writer.add_text("hparams", f"| name | value |\n|---|---|\n{rows}", 0)
+
+            def write(row: Row) -> None:
+                for name, value in row.scalars.items():
+                    writer.add_scalar(name, value, row.step)
+                for name, medium in row.media.items():
+                    _add(writer, name, medium, row.step)
+                writer.flush()
+
+            yield write
+
+
+def tensorboard(directory: str | os.PathLike[str], *, hparams: Mapping[str, Any] | None = None) -> TensorBoard:
+    """Write scalars, images, histograms and text for `tensorboard --logdir directory`.
+
+    A resumed run hides what was written for steps after its start.
+
+    Args:
+      directory: of the event files.
+      hparams: the run's settings, shown as a table under Text.
+    Example:
+      >>> tensorboard("runs/digits", hparams={"lr": 0.1})
+      TensorBoard(directory='runs/digits', hparams={'lr': 0.1})
+    """
+    return TensorBoard(os.fspath(directory), hparams)
+
+
+def _add(writer: Any, name: str, medium: Any, step: int) -> None:
+    if isinstance(medium, events.Image):
+        writer.add_image(name, medium.tensor.cpu(), step)
+    elif isinstance(medium, events.Histogram):
+        writer.add_histogram(name, medium.tensor.float().cpu(), step)
+    elif isinstance(medium, events.Text):
+        writer.add_text(name, medium.text, step)
+    else:
+        raise TypeError(f"metrics[{name!r}]: got {type(medium).__name__}, expected Image, Histogram or Text")

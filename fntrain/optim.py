@@ -233,7 +233,9 @@ class BoundOptimizer:
                     mine[key.removeprefix(_GROUP_PREFIX)] = value
             lent.param_groups.append(mine)
         before = [dict(one) for one in lent.param_groups]
-        _check_sparse(leaves, opt_state)
+        for name, leaf in leaves.items():
+            if leaf.grad is not None and name not in opt_state:
+                _check_dense(name, leaf.grad)
         _unwrapped_step(type(lent))(lent)
         self._check_attributes(lent)
         return self._collect(leaves, opt_state, lent, before)
@@ -269,28 +271,30 @@ class BoundOptimizer:
                 )
 
 
-def own_layout(name: str, grad: Tensor, param: Tensor, storages: set[int]) -> Tensor:
+def own_layout(name: str, grad: Tensor, param: Tensor, storages: set[int] | None) -> Tensor:
     """Return the gradient in the parameter's layout and in storage of its own, copied only where it is not.
 
     `torch.autograd.grad` and `torch.func.grad` may return one storage for two gradients, stride 0, or a foreign
-    stride; in-place clipping and fused kernels then update silently wrong. `storages` collects what was seen.
+    stride; in-place clipping and fused kernels then update silently wrong. `storages` collects what was seen; with None
+    it always copies.
     """
     if grad.shape != param.shape:
         raise ValueError(f"grads[{name!r}]: got shape {tuple(grad.shape)}, the parameter has {tuple(param.shape)}")
+    _check_dense(name, grad)
     storage = grad.untyped_storage().data_ptr()
-    if grad.stride() == param.stride() and grad.dtype == param.dtype and storage not in storages:
+    same_layout = grad.stride() == param.stride() and grad.dtype == param.dtype
+    if storages is not None and same_layout and storage not in storages:
         storages.add(storage)
         return grad.detach()
     with torch.no_grad():
         return torch.empty_like(param).copy_(grad)
 
 
-def _check_sparse(leaves: Mapping[str, Tensor], opt_state: Mapping[str, Any]) -> None:
-    for name, leaf in leaves.items():
-        if name not in opt_state and leaf.grad is not None and leaf.grad.layout is not torch.strided:
-            raise TypeError(
-                f"grads[{name!r}]: got a sparse gradient, expected a dense one; make the embedding with sparse=False"
-            )
+def _check_dense(name: str, grad: Tensor) -> None:
+    if grad.layout is not torch.strided:
+        raise TypeError(
+            f"grads[{name!r}]: got a sparse gradient, expected a dense one; make the embedding with sparse=False"
+        )
 
 
 def _unwrapped_step(cls: type[torch.optim.Optimizer]) -> Callable[[torch.optim.Optimizer], Any]:

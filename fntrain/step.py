@@ -138,9 +138,10 @@ class SupervisedStep:
         after = self.transform_grads(MappingProxyType(before))
         if not isinstance(after, Mapping) or (after.keys() - before.keys()):
             raise ValueError(f"transform_grads: got {after!r:.80}, expected a mapping of some of {sorted(before)}")
-        storages: set[int] = set()
         for name, leaf in leaves.items():
-            leaf.grad = own_layout(name, after[name], leaf, storages) if name in after else None
+            if name not in after or after[name] is not before[name]:
+                # A copy: what the function returned may be anyone's memory, and clipping writes in place.
+                leaf.grad = own_layout(name, after[name], leaf, None) if name in after else None
         return {name: leaf for name, leaf in leaves.items() if name in after}
 
     def _norm(self, leaves: dict[str, Tensor]) -> Tensor | None:

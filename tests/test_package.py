@@ -1,0 +1,79 @@
+"""The package as a whole: what it imports, exports and promises."""
+
+import ast
+import inspect
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import fntrain as ft
+
+ROOT = pathlib.Path(ft.__file__).parent
+FORBIDDEN = re.compile(
+    r"(os|time|logging|torch\.distributed|tensorboard|torch\.utils\.tensorboard|fntrain\.shell)(\.|$)"
+)
+PURE = [path for path in ROOT.glob("*.py") if path.name not in ("__init__.py", "testing.py")]
+
+
+def imports(source):
+    """Every module a source imports, also inside functions."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", PURE, ids=lambda path: path.name)
+def test_the_pure_ring_imports_no_effects(path):
+    """Neither os, time, logging, torch.distributed, tensorboard nor the shell."""
+    assert [name for name in imports(path.read_text()) if FORBIDDEN.match(name)] == []
+
+
+def test_the_import_check_can_fail():
+    """It sees imports in functions and of sub-modules."""
+    source = "def f():\n    import os.path\n    from torch import distributed\n"
+    assert len([name for name in imports(source) if FORBIDDEN.match(name)]) == 2
+
+
+def test_imports_are_the_five_packages():
+    """Outside the standard library: torch, attrs, toolz, safetensors, tensorboard; extras only inside functions."""
+    allowed = {"torch", "attrs", "toolz", "safetensors", "tensorboard", "fntrain", "tqdm"}
+    for path in ROOT.rglob("*.py"):
+        roots = {name.partition(".")[0] for name in imports(path.read_text())}
+        assert roots - set(sys.stdlib_module_names) <= allowed, path
+
+
+@pytest.mark.parametrize("name", ft.__all__)
+def test_every_export_is_documented_with_an_example(name):
+    """Functions and records have a docstring; functions and factories an example that runs."""
+    thing = getattr(ft, name)
+    if inspect.ismodule(thing) or name == "identity":
+        return
+    if name == "StepFn":
+        return
+    assert inspect.getdoc(thing), name
+    if inspect.isfunction(thing):
+        assert ">>>" in inspect.getdoc(thing), name
+        assert len(thing.__doc__.splitlines()) <= 36, name
+
+
+def test_importing_changes_nothing():
+    """Logging, environment, generators, default settings, CUDA and heavy modules are as before the import."""
+    code = """
+import logging, os, sys, torch
+def facts():
+    return (list(logging.root.handlers), logging.root.level, dict(os.environ), torch.get_rng_state().sum().item(),
+            torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), torch.cuda.is_initialized(),
+            torch.get_num_threads(), torch.backends.cudnn.benchmark, dict(torch.__dict__).keys() - {"nested"})
+before, loaded = facts(), set(sys.modules)
+import fntrain
+after = facts()
+assert before[:-1] == after[:-1], (before, after)
+heavy = {"tensorboard", "torch.utils.tensorboard", "torch.distributed.checkpoint", "tqdm", "sklearn"} & (set(sys.modules) - loaded)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

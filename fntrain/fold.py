@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import attrs
+import toolz
 
 from fntrain.errors import DataExhaustedError
 from fntrain.hook import AnyHook, Callback, Gated, Hook, Wrap, flatten
@@ -102,7 +103,7 @@ def _states(
     max_steps = state.run.max_steps
     opened: list[AbstractContextManager[Any]] = []
     batches = None
-    yielded = state
+    yielded = state.position
     try:
         live = [_opened(single, opened) for single in singles]
         batches = _Batches(data, [one.hook.wrap_data for one in live if one.hook.wrap_data])
@@ -119,7 +120,7 @@ def _states(
                 del batch  # or it would live until the next one is there: one batch of memory
                 state = _call(after_step, state, 0)
                 if state.run.stop is None and (max_steps is None or state.step < max_steps):
-                    yielded = state
+                    yielded = state.position
                     yield state
             state = _stopped(state, "done", f"max_steps={max_steps} reached")
         except GeneratorExit:
@@ -133,7 +134,7 @@ def _states(
         _close(opened, batches, error)
         raise
     _close(opened, batches, None)
-    if state.position != yielded.position:  # with finite data the last state is out before the end is known
+    if state.position != yielded:  # with finite data the last state is out before the end is known
         yield state
     return state
 
@@ -163,7 +164,8 @@ def _call(phase: Phase, state: TrainState, offset: int | None) -> TrainState:
                 if new is not None:
                     state = _accept(gated, state, new)
             except BaseException as error:
-                error.add_note(f"in {callback!r} of {gated.hook!r}, at step {state.step}")
+                called = getattr(callback, "__qualname__", repr(callback))
+                error.add_note(f"in {called} of hook {gated.hook.name or gated.hook!r}, at step {state.step}")
                 raise
     return state
 
@@ -247,8 +249,8 @@ def _opened(gated: Gated, opened: list[AbstractContextManager[Any]]) -> Gated:
 
 
 def _check_order(singles: list[Gated]) -> None:
-    names = [single.hook.name for single in singles if single.hook.name is not None]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    counts = toolz.frequencies(single.hook.name for single in singles if single.hook.name is not None)
+    if twice := sorted(toolz.valfilter(lambda count: count > 1, counts)):
         raise ValueError(f"hooks: two hooks are named {', '.join(twice)}; give each a name of its own (name=...)")
     saver = None
     for single in singles:

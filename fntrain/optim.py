@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import attrs
+import toolz
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -122,19 +123,14 @@ class Optimizer:
 
     def bind(self, params: Mapping[str, Tensor]) -> "BoundOptimizer":
         """Resolve the groups for these parameters, once; what a step function keeps."""
-        chosen = [tuple(i for i, one in enumerate(self.groups) if one.picks(name, params[name])) for name in params]
+        chosen = {n: tuple(i for i, one in enumerate(self.groups) if one.picks(n, params[n])) for n in params}
         for index, one in enumerate(self.groups):
-            if not any(index in matches for matches in chosen):
+            if not any(index in matches for matches in chosen.values()):
                 raise ValueError(
                     f"groups[{index}]: {one.select!r} selects no parameter; the model has {', '.join(params)}"
                 )
-        frozen = {
-            name for name, matches in zip(params, chosen, strict=True) if any(self.groups[i].frozen for i in matches)
-        }
-        members: dict[tuple[int, ...], list[str]] = {}
-        for name, matches in zip(params, chosen, strict=True):
-            if name not in frozen:
-                members.setdefault(matches, []).append(name)
+        frozen = {name for name, matches in chosen.items() if any(self.groups[i].frozen for i in matches)}
+        members = toolz.groupby(chosen.__getitem__, (name for name in params if name not in frozen))
         if not members:
             raise ValueError("groups: every parameter is frozen, expected at least one to train")
         scheduled = [self._scheduled(matches) for matches in members]

@@ -5,12 +5,15 @@ update. The pure step is that body on fresh copies of the state's leaves, lent t
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from operator import add
 from types import MappingProxyType
 from typing import Any, Literal
 
 import attrs
+import toolz
 import torch
 from torch import Tensor, nn
 
@@ -188,7 +191,7 @@ def supervised_step(
     accumulate: int = 1,
     clip_grad_norm: float | None = None,
     clip_grad_value: float | None = None,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Literal["fp32", "bf16", "tf32", "fp16"] = "fp32",
     on_nonfinite: Literal["skip", "raise", "allow"] = "skip",
     transform_grads: TransformGrads | None = None,
     weights: WeightsFn | None = None,
@@ -206,7 +209,7 @@ def supervised_step(
       accumulate: number of micro-batches a batch is split into; exact for ragged ones, each weighs its samples.
       clip_grad_norm: largest global 2-norm of the gradients; not together with `clip_grad_value`.
       clip_grad_value: largest absolute value of a gradient element.
-      precision: "bf16" runs model and loss under autocast.
+      precision: "bf16" runs model and loss under autocast; "tf32" and "fp16" are kept for steps on a GPU.
       on_nonfinite: "skip" keeps everything but the counters if loss or gradients are inf or nan; "raise" raises
         NonFiniteError with the names; "allow" does not look (saves the norm when not clipping).
       transform_grads: pure function of the gradients by name, before clipping; names left out are not updated.
@@ -232,6 +235,10 @@ def supervised_step(
             raise ValueError(f"{name}: got {value!r}, expected a number > 0 or None")
     if clip_grad_norm is not None and clip_grad_value is not None:
         raise ValueError("clip_grad_norm and clip_grad_value: got both, expected at most one")
+    if precision in ("tf32", "fp16"):
+        raise ValueError(
+            f"precision: {precision!r} needs a step on a GPU, which is not there yet; use 'bf16' or 'fp32'"
+        )
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision: got {precision!r}, expected 'fp32' or 'bf16'")
     if on_nonfinite not in ("skip", "raise", "allow"):
@@ -255,9 +262,12 @@ def _grads(leaves: dict[str, Tensor]) -> list[Tensor]:
     return [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
 
 
+def _sum(values: Sequence[Any]) -> Any:
+    return reduce(add, values)  # not sum(): 0 + value is one operation more
+
+
 def _total_weight(parts: list[tuple[Objective, Collector]]) -> Any:
-    first, *others = [part.weight for part, _ in parts]
-    return sum(others, start=first)
+    return _sum([part.weight for part, _ in parts])
 
 
 def _report(parts: list[tuple[Objective, Collector]]) -> dict[str, Any]:
@@ -266,9 +276,8 @@ def _report(parts: list[tuple[Objective, Collector]]) -> dict[str, Any]:
     if not _RESERVED.isdisjoint(metrics):
         raise ValueError(f"put_scalar: {sorted(_RESERVED & metrics.keys())} are reported by the step itself; rename")
     divisor = _total_weight(parts) if parts[0][0].divide else None
-    sums = {name: sum((p.terms[name] for p, _ in parts[1:]), start=term) for name, term in parts[0][0].terms.items()}
-    sums["loss"] = sum((part.total for part, _ in parts[1:]), start=parts[0][0].total)
-    return metrics | (sums if divisor is None else {name: value / divisor for name, value in sums.items()})
+    sums = toolz.merge_with(_sum, *({**part.terms, "loss": part.total} for part, _ in parts))
+    return {**metrics, **(sums if divisor is None else toolz.valmap(lambda value: value / divisor, sums))}
 
 
 def _decides_on_host(loss: Tensor, state: TrainState) -> bool:

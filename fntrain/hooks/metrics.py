@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 import attrs
+import toolz
 import torch
 from torch import Tensor
 
@@ -131,10 +132,8 @@ class _Live:
 
 def _to_host(values: list[Any]) -> list[float]:
     """Numbers of the values, in order, by one stacked transfer for each device and dtype."""
-    groups: dict[Any, list[int]] = {}
-    for index, value in enumerate(values):
-        if isinstance(value, Tensor):
-            groups.setdefault((value.device, value.dtype), []).append(index)
+    tensors = [index for index, value in enumerate(values) if isinstance(value, Tensor)]
+    groups = toolz.groupby(lambda index: (values[index].device, values[index].dtype), tensors)
     numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
     for indices in groups.values():
         stacked = torch.stack([values[index].detach().reshape(()) for index in indices]).tolist()

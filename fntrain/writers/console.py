@@ -41,21 +41,20 @@ def _line(row: Row, seconds_per_step: float) -> str:
     parts = [f"step {row.step:>{max(len(total) - 1, 1)}}{total}"]
     if row.periodic and row.max_steps is not None:
         parts.append(f"eta {_duration(seconds_per_step * (row.max_steps - row.step))}")
-    names = sorted(row.scalars, key=lambda name: (name != "loss", "loss" not in name))
-    for name in names:
-        if not name.startswith("time/"):
-            parts.append(f"{name} {_number(row.scalars[name])}")
-    for name in names:
+    for name in sorted(row.scalars, key=_rank):
+        value = row.scalars[name]
         if name.startswith("time/"):
-            parts.append(f"{name.removeprefix('time/')} {row.scalars[name] * 1000:.1f} ms")
+            parts.append(f"{name.removeprefix('time/')} {value * 1000:>7.1f} ms")
+        elif name != "skipped" or value:  # said only when it happens
+            parts.append(f"{name} {value:<9.4g}")
     if row.periodic:
         parts.append(f"mem {_memory()}")
-    return "  ".join(parts)
+    return "  ".join(parts).rstrip()
 
 
-def _number(value: float) -> str:
-    small = value != 0 and abs(value) < 1e-3
-    return f"{value:.2e}" if small or abs(value) >= 1e6 else f"{value:.4f}" if value % 1 else f"{value:.0f}"
+def _rank(name: str) -> tuple[bool, bool, bool, bool]:
+    """Sort key: the loss, its terms, the rest, times; results of evaluations, which not every line has, at the end."""
+    return getattr(name, "smooth", "") == "each", name.startswith("time/"), "loss" not in name, name != "loss"
 
 
 def _duration(seconds: float) -> str:

@@ -233,7 +233,8 @@ class BoundOptimizer:
             if leaf.grad is not None and name not in opt_state:
                 _check_dense(name, leaf.grad)
         _unwrapped_step(type(lent))(lent)
-        self._check_attributes(lent)
+        if not opt_state:  # a first update shows where the class keeps what it remembers
+            self._check_attributes(lent)
         return self._collect(leaves, opt_state, lent, before)
 
     def _collect(

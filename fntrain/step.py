@@ -125,7 +125,7 @@ class SupervisedStep:
             part = objective(output, micro_batch, alone=len(micro_batches) == 1, denominators=denominators)
             part.total.backward()  # type: ignore[no-untyped-call]
             detached = {name: term.detach() for name, term in part.terms.items()}
-            parts.append((attrs.evolve(part, terms=detached, total=part.total.detach()), collector))
+            parts.append((Objective(detached, part.total.detach(), part.weight, part.divide), collector))
         return parts
 
     def _reduced_leaves(self, parts: list[tuple[Objective, Collector]]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 PyTree = Any
 Leaf = Tensor | int | float | bool | str | None
+_LEAVES = frozenset({Tensor, int, float, bool, str, type(None)})
 
 
 def named_leaves(tree: PyTree, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
@@ -42,10 +43,11 @@ def map_leaves(fn: Callable[[Any], Any], tree: PyTree) -> PyTree:
       >>> map_leaves(lambda leaf: leaf + 1, {"a": (1, 2)})
       {'a': (2, 3)}
     """
-    if isinstance(tree, Mapping):
+    kind = type(tree)
+    if kind is dict or (kind not in _LEAVES and isinstance(tree, Mapping)):  # isinstance of an ABC is slow
         return {key: map_leaves(fn, value) for key, value in tree.items()}
-    if type(tree) is tuple or type(tree) is list:
-        return type(tree)([map_leaves(fn, value) for value in tree])
+    if kind is tuple or kind is list:
+        return kind([map_leaves(fn, value) for value in tree])
     return fn(tree)
 
 
@@ -70,9 +72,9 @@ def clone(tree: PyTree) -> PyTree:
       tensor([0., 0.])
     """
     sources: list[Tensor] = []
-    map_tensors(lambda leaf: sources.append(leaf) or leaf, tree)  # type: ignore[func-returns-value]
+    _collect_tensors(tree, sources)
     copies = iter(clone_tensors(sources))
-    return map_tensors(lambda _: next(copies), tree)
+    return map_leaves(lambda leaf: next(copies) if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def clone_tensors(tensors: list[Tensor]) -> list[Tensor]:
@@ -136,6 +138,20 @@ def to_bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     array: Any = flat.view(torch.uint8).numpy()
     return memoryview(array)
+
+
+def _collect_tensors(tree: PyTree, found: list[Tensor]) -> None:
+    kind = type(tree)
+    if kind is Tensor:
+        found.append(tree)
+    elif kind is tuple or kind is list:
+        for value in tree:
+            _collect_tensors(value, found)
+    elif kind not in _LEAVES and isinstance(tree, Mapping):
+        for value in tree.values():
+            _collect_tensors(value, found)
+    elif isinstance(tree, Tensor):
+        found.append(tree)
 
 
 class _Opened:

@@ -28,7 +28,7 @@ Sample = tuple[int, int]  # (epoch, index in the data set)
 class Stream:
     """An endless sequence of batches that can start anywhere; made by `stream`."""
 
-    dataset: Any = attrs.field(repr=lambda dataset: f"<{type(dataset).__name__} of {len(dataset)}>")
+    dataset: Any = attrs.field(repr=lambda dataset: f"<{type(dataset).__name__} of {len(dataset)}>", eq=id)
     batch_size: int
     seed: int
     shuffle: bool
@@ -56,6 +56,8 @@ class Stream:
           >>> sorted(index for position in range(5) for epoch, index in s.samples(position) if epoch == 0)
           [0, 1, 2, 3, 4]
         """
+        if position < 0:
+            raise ValueError(f"position: got {position}, expected a whole number >= 0")
         size = len(self.dataset)
         if self.drop_last or self.ragged_last:
             epoch, batch = divmod(position, self.steps_per_epoch)
@@ -160,8 +162,10 @@ def stream(
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise ValueError(f"{name}: got {value!r}, expected a whole number >= {low}")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank: got {rank}, expected 0 <= rank < world_size={world_size}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: got {seed!r}, expected a whole number")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < world_size:
+        raise ValueError(f"rank: got {rank!r}, expected 0 <= rank < world_size={world_size}")
     if len(dataset) == 0:
         raise ValueError("dataset: got an empty one, expected at least one sample")
     if drop_last and ragged_last:

@@ -188,8 +188,7 @@ def name_scope(name: str) -> Iterator[None]:
         collector.prefix = before
 
 
-@contextmanager
-def collecting() -> Iterator[Collector]:
+class collecting:  # noqa: N801  # a context manager spelled out: it is entered once a micro-batch
     """Collect what is reported inside the block; steps wrap each forward in it.
 
     Example:
@@ -198,12 +197,16 @@ def collecting() -> Iterator[Collector]:
       >>> collector.scalars
       {'n': [1]}
     """
-    collector = Collector()
-    token = _current.set(collector)
-    try:
-        yield collector
-    finally:
-        _current.reset(token)
+
+    __slots__ = ("token",)
+
+    def __enter__(self) -> Collector:
+        collector = Collector()
+        self.token = _current.set(collector)
+        return collector
+
+    def __exit__(self, *_: object) -> None:
+        _current.reset(self.token)
 
 
 def merge(collected: Sequence[tuple[Collector, Scalar]]) -> dict[str, Any]:

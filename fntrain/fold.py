@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import attrs
-import toolz
 
 from fntrain.errors import DataExhaustedError
 from fntrain.hook import AnyHook, Callback, Gated, Hook, Wrap, flatten
@@ -249,18 +248,25 @@ def _opened(gated: Gated, opened: list[AbstractContextManager[Any]]) -> Gated:
 
 
 def _check_order(singles: list[Gated]) -> None:
-    counts = toolz.frequencies(single.hook.name for single in singles if single.hook.name is not None)
-    if twice := sorted(toolz.valfilter(lambda count: count > 1, counts)):
+    from toolz import frequencies, valfilter  # 4 ms to import: only where they are used
+
+    counts = frequencies(single.hook.name for single in singles if single.hook.name is not None)
+    if twice := sorted(valfilter(lambda count: count > 1, counts)):
         raise ValueError(f"hooks: two hooks are named {', '.join(twice)}; give each a name of its own (name=...)")
-    saver = None
-    for single in singles:
-        if single.hook.saves:
-            saver = single.hook.name
-        elif saver is not None and single.hook.init is not None:
+    saver = writer = None
+    for hook in (single.hook for single in singles):
+        if saver is not None and hook.init is not None:
             raise ValueError(
-                f"hooks: {single.hook.name!r} has memory and is listed after {saver!r}, which would save that memory "
-                f"one step old; list {single.hook.name!r} before it"
+                f"hooks: {hook.name!r} has memory and is listed after {saver!r}, which would save that memory "
+                f"one step old; list {hook.name!r} before it"
             )
+        if writer is not None and hook.reports:
+            raise ValueError(
+                f"hooks: {hook.name!r} reports metrics and is listed after {writer!r}, which would not see them; "
+                f"list {hook.name!r} before it"
+            )
+        saver = hook.name if hook.saves else saver
+        writer = hook.name if hook.writes else writer
 
 
 def _with_memory(state: TrainState, singles: list[Gated]) -> TrainState:

@@ -19,7 +19,7 @@ def global_norm(grads: list[Tensor]) -> Tensor:
     """
     norms = torch._foreach_norm(grads, 2.0)
     first = norms[0]
-    if any(norm.dtype != first.dtype or norm.device != first.device for norm in norms):
+    if len({(norm.dtype, norm.device) for norm in norms}) > 1:
         norms = tuple(norm.to(first) for norm in norms)
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     if total.device.type == "cpu" and not math.isfinite(total.item()):
@@ -37,6 +37,8 @@ def clip_by_norm_(grads: list[Tensor], norm: Tensor, max_norm: float) -> None:
       >>> grads
       [tensor([0.6000, 0.8000])]
     """
+    if norm.device.type == "cpu" and norm.item() < 0.9 * max_norm:
+        return  # clear without the exact coefficient, whose last bit decides only near 1
     coefficient = max_norm / (norm + 1e-6)
     if coefficient.device.type == "cpu":
         factor = coefficient.item()

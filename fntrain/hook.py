@@ -33,6 +33,8 @@ class Hook:
       wrap_data: wraps the iterator of batches; for what watches the loading.
       communicates: runs collectives between ranks, so it may be gated by functions of the step only.
       saves: writes the state to disk, so hooks with memory must come before it.
+      reports: adds to the metrics, so it must come before hooks that write them.
+      writes: hands the metrics on.
     """
 
     before_train: Callback | None = None
@@ -45,6 +47,8 @@ class Hook:
     wrap_data: Wrap | None = None
     communicates: bool = False
     saves: bool = False
+    reports: bool = False
+    writes: bool = False
 
     def __repr__(self) -> str:
         shown = [repr(self.name)] if self.name else []
@@ -171,7 +175,7 @@ def resource(open: Callable[[], AbstractContextManager[Hook]], *, name: str, **d
     Args:
       open: function without arguments; a frozen record with `__call__` keeps equality and pickle.
       name: unique in a run.
-      declared: `init`, `communicates`, `saves`, see `Hook`.
+      declared: `init`, `communicates`, `saves`, `reports`, `writes`, see `Hook`.
     Example:
       >>> from contextlib import contextmanager
       >>> @contextmanager

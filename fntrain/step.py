@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import attrs
-import toolz
 import torch
 from torch import Tensor, nn
 
@@ -61,7 +60,7 @@ class SupervisedStep:
     def __call__(self, state: TrainState, batch: Batch) -> TrainState:
         params, buffers = self._fresh(state)
         lease = self.slots.lend(params, buffers)
-        frozen = [param for name, param in self.slots.params.items() if name in self.bound.frozen]
+        frozen = [self.slots.params[name] for name in self.bound.frozen]
         thawed = [param for param in frozen if param.requires_grad]
         for param in thawed:
             param.requires_grad_(False)
@@ -124,8 +123,9 @@ class SupervisedStep:
                 output = self.loss_fn(self.model, micro_batch)
             part = objective(output, micro_batch, alone=len(micro_batches) == 1, denominators=denominators)
             part.total.backward()  # type: ignore[no-untyped-call]
-            detached = {name: term.detach() for name, term in part.terms.items()}
-            parts.append((Objective(detached, part.total.detach(), part.weight, part.divide), collector))
+            total = part.total.detach()
+            terms = {name: total if term is part.total else term.detach() for name, term in part.terms.items()}
+            parts.append((Objective(terms, total, part.weight, part.divide), collector))
         return parts
 
     def _reduced_leaves(self, parts: list[tuple[Objective, Collector]]) -> dict[str, Tensor]:
@@ -276,8 +276,9 @@ def _report(parts: list[tuple[Objective, Collector]]) -> dict[str, Any]:
     if not _RESERVED.isdisjoint(metrics):
         raise ValueError(f"put_scalar: {sorted(_RESERVED & metrics.keys())} are reported by the step itself; rename")
     divisor = _total_weight(parts) if parts[0][0].divide else None
-    sums = toolz.merge_with(_sum, *({**part.terms, "loss": part.total} for part, _ in parts))
-    return {**metrics, **(sums if divisor is None else toolz.valmap(lambda value: value / divisor, sums))}
+    terms = {"loss": [part.total for part, _ in parts]} | {n: [p.terms[n] for p, _ in parts] for n in parts[0][0].terms}
+    sums = {name: _sum(values) for name, values in terms.items()}
+    return {**metrics, **(sums if divisor is None else {name: value / divisor for name, value in sums.items()})}
 
 
 def _decides_on_host(loss: Tensor, state: TrainState) -> bool:

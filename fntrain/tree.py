@@ -7,6 +7,7 @@ saved without pickle. This is not a registry: there are no other containers.
 import hashlib
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 
 PyTree = Any
 Leaf = Tensor | int | float | bool | str | None
-_LEAVES = frozenset({Tensor, int, float, bool, str, type(None)})
 
 
 def named_leaves(tree: PyTree, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
@@ -43,11 +43,10 @@ def map_leaves(fn: Callable[[Any], Any], tree: PyTree) -> PyTree:
       >>> map_leaves(lambda leaf: leaf + 1, {"a": (1, 2)})
       {'a': (2, 3)}
     """
-    kind = type(tree)
-    if kind is dict or (kind not in _LEAVES and isinstance(tree, Mapping)):  # isinstance of an ABC is slow
+    if isinstance(tree, Mapping):
         return {key: map_leaves(fn, value) for key, value in tree.items()}
-    if kind is tuple or kind is list:
-        return kind([map_leaves(fn, value) for value in tree])
+    if type(tree) is tuple or type(tree) is list:
+        return type(tree)([map_leaves(fn, value) for value in tree])
     return fn(tree)
 
 
@@ -72,9 +71,8 @@ def clone(tree: PyTree) -> PyTree:
       tensor([0., 0.])
     """
     sources: list[Tensor] = []
-    _collect_tensors(tree, sources)
-    copies = iter(clone_tensors(sources))
-    return map_leaves(lambda leaf: next(copies) if isinstance(leaf, Tensor) else leaf, tree)
+    _gather(tree, sources)
+    return _refill(tree, iter(clone_tensors(sources)))
 
 
 def clone_tensors(tensors: list[Tensor]) -> list[Tensor]:
@@ -140,18 +138,28 @@ def to_bytes(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _collect_tensors(tree: PyTree, found: list[Tensor]) -> None:
-    kind = type(tree)
-    if kind is Tensor:
+# Two passes that every step runs over the optimizer's state: the likely kinds are asked first, the ABC last.
+
+
+def _gather(tree: PyTree, found: list[Tensor]) -> None:
+    if isinstance(tree, Tensor):
         found.append(tree)
-    elif kind is tuple or kind is list:
-        for value in tree:
-            _collect_tensors(value, found)
-    elif kind not in _LEAVES and isinstance(tree, Mapping):
+    elif isinstance(tree, (dict, MappingProxyType, Mapping)):
         for value in tree.values():
-            _collect_tensors(value, found)
-    elif isinstance(tree, Tensor):
-        found.append(tree)
+            _gather(value, found)
+    elif type(tree) is tuple or type(tree) is list:
+        for value in tree:
+            _gather(value, found)
+
+
+def _refill(tree: PyTree, tensors: Iterator[Tensor]) -> PyTree:
+    if isinstance(tree, Tensor):
+        return next(tensors)
+    if isinstance(tree, (dict, MappingProxyType, Mapping)):
+        return {key: _refill(value, tensors) for key, value in tree.items()}
+    if type(tree) is tuple or type(tree) is list:
+        return type(tree)([_refill(value, tensors) for value in tree])
+    return tree
 
 
 class _Opened:

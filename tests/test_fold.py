@@ -349,3 +349,11 @@ def test_the_gate_law_fails_for_a_gate_that_counts_calls():
         hook = ft.hook(after_step=lambda s, name=name: fired[name].append(s.step))
         fit([gate(2, hook)], state=start(step=3, position=3), max_steps=8)
     assert fired == {"ours": [4, 6, 8], "broken": [5, 7]}
+
+
+def test_a_hook_that_reports_after_the_writer_is_refused():
+    """What evaluate reports after write_metrics ran would never be written: the order is an error."""
+    evaluate = ft.hooks.evaluate(lambda state: {"x": 1}, every=2)
+    with pytest.raises(ValueError, match="'evaluate' reports metrics and is listed after 'write_metrics'"):
+        fit([ft.hooks.write_metrics(()), evaluate])
+    fit([evaluate, ft.hooks.write_metrics(())])

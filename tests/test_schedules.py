@@ -44,7 +44,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("schedule", "make"), PAIRS, ids=lambda value: repr(value)[:40])
+@pytest.mark.parametrize(("schedule", "make"), PAIRS)
 def test_values_are_those_of_torch(schedule, make):
     """Every step's value agrees with torch's scheduler to 1e-9."""
     assert [schedule(step) for step in range(STEPS)] == pytest.approx(of_torch(make), rel=1e-9, abs=1e-12)

@@ -26,8 +26,8 @@ class Checkpoint:
     def check(self, state: TrainState) -> None:
         """Refuse a directory that can't be written, or whose newest checkpoint this run would not be resumed from."""
         files.clean(self.directory)
-        newest = files.latest(self.directory)
-        if newest is not None and files.step_of(newest) > state.step:
+        newest = files.newest_intact_after(self.directory, state.step)
+        if newest is not None:
             raise CheckpointError(
                 f"{newest}: is of a later step than this run's start ({state.step}), and would be resumed instead of "
                 "what this run saves; start from ft.resume_or(state, directory), or give another directory"
@@ -57,7 +57,7 @@ def checkpoint(
       >>> checkpoint("runs/digits", every=500, keep_last=3)
       at_end(every(500, Checkpoint(directory='runs/digits', keep_last=3)))
     """
-    if keep_last is not None and keep_last < 1:
+    if keep_last is not None and (isinstance(keep_last, bool) or not isinstance(keep_last, int) or keep_last < 1):
         raise ValueError(f"keep_last: got {keep_last!r}, expected a whole number >= 1 or None")
     record = Checkpoint(os.fspath(directory), keep_last)
     return hooks.at_end(hooks.every(every, hooks.resource(record, name=name, saves=True)))

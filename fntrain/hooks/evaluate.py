@@ -1,8 +1,10 @@
 """hooks.evaluate: measure the state every n steps and after the last one."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import attrs
+from torch import Tensor
 
 from fntrain import hook as hooks
 from fntrain.events import MetricName
@@ -13,7 +15,7 @@ from fntrain.state import TrainState
 class Evaluate:
     """The callback: runs a function of the state and adds what it says to the metrics."""
 
-    fn: Callable[[TrainState], Mapping[str, float]]
+    fn: Callable[[TrainState], Mapping[str, Any]]
     prefix: str
 
     def __call__(self, state: TrainState) -> TrainState:
@@ -22,7 +24,10 @@ class Evaluate:
             raise TypeError(f"evaluate: the function returned {type(results).__name__}, expected a dict of numbers")
         metrics = dict(state.metrics)
         for name, value in results.items():
-            metrics[MetricName(f"{self.prefix}{name}", smooth="each")] = value
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(f"evaluate: {name!r} has shape {tuple(value.shape)}, expected a number")
+            number = value if isinstance(value, Tensor | int | float) else float(value)  # NumPy's numbers
+            metrics[MetricName(f"{self.prefix}{name}", smooth="each")] = number
         return state.replace(metrics=metrics)
 
 
@@ -52,4 +57,5 @@ def evaluate(
     """
     if not callable(fn):
         raise TypeError(f"fn: got {type(fn).__name__}, expected a function of the state, such as ft.evaluation(...)")
-    return hooks.at_end(hooks.every(every, hooks.hook(after_step=Evaluate(fn, prefix), name=name)))
+    reporting = hooks.hook(after_step=Evaluate(fn, prefix), name=name)
+    return hooks.at_end(hooks.every(every, attrs.evolve(reporting, reports=True)))

@@ -1,13 +1,12 @@
 """hooks.write_metrics: hand what the steps report to writers, smoothed, every n steps."""
 
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from statistics import median
 from typing import Any
 
 import attrs
-import toolz
 import torch
 from torch import Tensor
 
@@ -57,7 +56,12 @@ def write_metrics(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{argument}: got {value!r}, expected a whole number >= 1")
     several = tuple(writers) if isinstance(writers, Sequence) else (writers,)
-    return hooks.resource(WriteMetrics(several, every, window), name=name)
+    for writer in several:
+        if not callable(getattr(writer, "open", None)):
+            raise TypeError(
+                f"writers: got {type(writer).__name__}, expected ft.writers.default(...) or records with `open`"
+            )
+    return hooks.resource(WriteMetrics(several, every, window), name=name, writes=True)
 
 
 class _Live:
@@ -80,8 +84,12 @@ class _Live:
 
     def record(self, state: TrainState) -> None:
         self.collect(state)
+        if state.step == state.run.max_steps:
+            return  # written by finish, together with what hooks still report at the end
         if state.step % self.settings.every == 0:
             self.write(state)
+        elif self.each:
+            self.write_each(state)  # at once: kept until the next period, a kill would lose it
 
     def finish(self, state: TrainState) -> None:
         """Write what is left, with what hooks reported after the last step."""
@@ -114,13 +122,19 @@ class _Live:
         rows: dict[int, dict[str, float]] = {step: {} for step in self.media}
         for step, name in self.each:
             rows.setdefault(step, {})[name] = next(numbers)
-        smoothed = {name: median(next(numbers) for _ in values) for name, values in recent.items()}
+        smoothed = {name: _median([next(numbers) for _ in values]) for name, values in recent.items()}
         if smoothed:
             rows[state.step] = smoothed | rows.get(state.step, {})
         for step in sorted(rows):
             periodic = step == state.step and bool(smoothed)
             self.emit(state, step, rows[step], self.media.get(step, {}), periodic)
         self.each, self.media, self.written = {}, {}, state.step
+
+    def write_each(self, state: TrainState) -> None:
+        """The results of this step alone, between two periods."""
+        scalars = dict(zip((name for _, name in self.each), _to_host(list(self.each.values())), strict=True))
+        self.emit(state, state.step, scalars, self.media.pop(state.step, {}), periodic=False)
+        self.each = {}
 
     def emit(
         self, state: TrainState, step: int, scalars: Mapping[str, float], media: Mapping[str, Any], periodic: bool
@@ -130,10 +144,20 @@ class _Live:
             write(row)
 
 
+def _median(values: list[float]) -> float:
+    """The median; one nan makes it nan, so that trouble is seen (sorting nan would give any of the values)."""
+    ordered, middle = sorted(values), len(values) // 2
+    if any(map(math.isnan, values)):
+        return math.nan
+    return ordered[middle] if len(values) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
 def _to_host(values: list[Any]) -> list[float]:
     """Numbers of the values, in order, by one stacked transfer for each device and dtype."""
+    from toolz import groupby  # 4 ms to import: only where it is used
+
     tensors = [index for index, value in enumerate(values) if isinstance(value, Tensor)]
-    groups = toolz.groupby(lambda index: (values[index].device, values[index].dtype), tensors)
+    groups = groupby(lambda index: (values[index].device, values[index].dtype), tensors)
     numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
     for indices in groups.values():
         stacked = torch.stack([values[index].detach().reshape(()) for index in indices]).tolist()

@@ -61,4 +61,4 @@ def iteration_timer(*, name: str = "iteration_timer") -> hooks.AnyHook:
 
     Source: detectron2's IterationTimer
     """
-    return hooks.resource(IterationTimer(), name=name)
+    return hooks.resource(IterationTimer(), name=name, reports=True)

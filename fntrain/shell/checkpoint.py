@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import struct
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,7 @@ from fntrain.tree import PyTree
 SCHEMA = 1
 _MODEL, _TRAIN, _MANIFEST = "model.safetensors", "train.safetensors", "state.json"
 _NAME = re.compile(r"step_(\d{8,})(\.old)?")
+_SEALED = re.compile(rb'\{"crc32": (\d+), "manifest": (.*)\}', re.DOTALL)
 _log = logging.getLogger("fntrain")
 
 
@@ -87,11 +89,12 @@ def load(path: str | os.PathLike[str]) -> TrainState:
     tensors: dict[str, Tensor] = {}
     for file in (_MODEL, _TRAIN):
         listed = {leaf: entry for leaf, entry in manifest["tensors"].items() if entry["file"] == file}
-        tensors |= _read_tensors(path / file, listed)
+        tensors |= _read_tensors(path / file, listed, manifest["headers"].get(file))
     try:
         fields = _decode(manifest["state"], tensors)
+        _check_fields(fields)
         return TrainState(**{name: fields[name] for name in SAVED})
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, struct.error) as error:
         raise CheckpointError(f"{path / _MANIFEST}: structure is damaged: {error!r}") from error
 
 
@@ -172,13 +175,36 @@ def resume_or(state: TrainState, directory: str | os.PathLike[str]) -> TrainStat
     return state
 
 
+def newest_intact_after(directory: str | os.PathLike[str], step: int) -> Path | None:
+    """Return the newest intact checkpoint later than a step, or None; damaged ones later than it are put out of view.
+
+    Example:
+      >>> newest_intact_after("no/such/directory", 0) is None
+      True
+    """
+    for path in checkpoints(directory):
+        if step_of(path) <= step:
+            break
+        try:
+            load(path)
+        except CheckpointError as error:
+            aside = path.rename(path.with_name(f"damaged_{path.name}-{uuid.uuid4().hex[:8]}"))
+            _log.warning("put a damaged checkpoint aside as %s: %s", aside, error)
+        else:
+            return path
+    return None
+
+
 def prune(directory: str | os.PathLike[str], keep_last: int) -> None:
     """Delete all but the newest `keep_last` checkpoints; each vanishes from view in one rename before it is deleted.
 
     Example:
       >>> prune("no/such/directory", keep_last=3)
     """
-    for path in checkpoints(directory)[keep_last:]:
+    complete = [path for path in checkpoints(directory) if (path / _MANIFEST).is_file()]
+    for path in [one for former in complete[keep_last:] for one in (former.with_name(former.name + ".old"), former)]:
+        if not path.exists():
+            continue
         doomed = path.with_name(f".partial-deleted-{uuid.uuid4().hex[:8]}")
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -208,36 +234,46 @@ def clean(directory: str | os.PathLike[str]) -> None:
 def _write(state: TrainState, directory: Path) -> None:
     fields = saved_fields(state)
     tensors: dict[str, Tensor] = {}
-    for leaf, value in tree.named_leaves(fields):
-        if isinstance(value, Tensor):
-            if leaf in tensors:
-                raise CheckpointError(f"state.{leaf}: two tensors have this dotted path; rename one of the keys")
-            tensors[leaf] = value
+    try:
+        for leaf, value in tree.named_leaves(fields):
+            if isinstance(value, Tensor):
+                if leaf in tensors:
+                    raise CheckpointError(f"state.{leaf}: two tensors have this dotted path; rename one of the keys")
+                tensors[leaf] = value
+    except TypeError as error:
+        raise CheckpointError(f"state.{error}") from error
     files: dict[str, dict[str, Tensor]] = {_MODEL: {}, _TRAIN: {}}
     entries: dict[str, dict[str, Any]] = {}
+    headers: dict[str, int] = {}
     for leaf, tensor in tensors.items():
         file, name = _place(leaf)
+        _check_leaf(leaf, tensor)
         stored = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
         # A view of a larger storage, or storage seen before, would be refused or written whole.
         if stored.untyped_storage().nbytes() != stored.nbytes or stored.data_ptr() == tensor.data_ptr():
             stored = stored.clone()
+        if name in files[file]:
+            raise CheckpointError(f"state.{leaf}: a parameter and a buffer have this name; rename one")
         files[file][name] = stored
-        entries[leaf] = {"file": file, "name": name, "shape": list(tensor.shape), "dtype": _dtype(leaf, tensor)}
-        if not tensor.is_contiguous():
-            entries[leaf]["stride"] = list(tensor.stride())
+        entries[leaf] = {"file": file, "name": name, "shape": list(tensor.shape), "dtype": _dtype(tensor.dtype)}
+        if (stride := torch.empty_like(tensor, device="meta").stride()) != stored.stride():
+            entries[leaf]["stride"] = list(stride)  # dense: gaps and overlaps of a view are not kept
         entries[leaf]["crc32"] = zlib.crc32(tree.to_bytes(stored))
     for file, contents in files.items():
         save_file(contents, directory / file, metadata={"format": "pt"})
+        headers[file] = _header_crc32(directory / file)
         _fsync(directory / file)
     manifest = {
         "format": "fntrain",
         "schema": SCHEMA,
         "versions": {"torch": torch.__version__},
         "state": _encode(fields, ""),
+        "headers": headers,
         "tensors": entries,
     }
+    text = json.dumps(manifest, allow_nan=False)
     with (directory / _MANIFEST).open("w", encoding="utf-8") as out:
-        json.dump(manifest, out, allow_nan=False)
+        out.write(f'{{"crc32": {zlib.crc32(text.encode())}, "manifest": {text}}}')
     _fsync(directory / _MANIFEST)
     _fsync(directory)
 
@@ -266,10 +302,16 @@ def _place(leaf: str) -> tuple[str, str]:
     return (_MODEL, name) if field in ("params", "buffers") else (_TRAIN, leaf)
 
 
-def _dtype(leaf: str, tensor: Tensor) -> str:
-    if tensor.layout is not torch.strided or tensor.is_quantized:
-        raise CheckpointError(f"state.{leaf}: got a {tensor.layout} tensor, expected a plain dense one")
-    return str(tensor.dtype).removeprefix("torch.")
+def _check_leaf(leaf: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        kind = "meta" if tensor.is_meta else tensor.layout
+        raise CheckpointError(f"state.{leaf}: got a {kind} tensor, expected a plain dense one")
+    if tensor.dtype == torch.complex128:
+        raise CheckpointError(f"state.{leaf}: got {tensor.dtype}, which safetensors does not know; save real and imag")
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _encode(value: PyTree, path: str) -> Any:
@@ -281,7 +323,7 @@ def _encode(value: PyTree, path: str) -> Any:
     if isinstance(value, tuple | list):
         return {type(value).__name__: [_encode(item, f"{path}.{index}") for index, item in enumerate(value)]}
     if isinstance(value, float) and not math.isfinite(value):
-        return {"float": repr(value)}
+        return {"float": struct.pack(">d", value).hex()}  # all bits: nan has a sign
     return value
 
 
@@ -294,14 +336,34 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> PyTree:
     if kind == "dict":
         return {key: _decode(item, tensors) for key, item in content.items()}
     if kind == "float":
-        return float(content)
+        return struct.unpack(">d", bytes.fromhex(content))[0]
     return {"list": list, "tuple": tuple}[kind](_decode(item, tensors) for item in content)
+
+
+def _check_fields(fields: Any) -> None:
+    for name in ("step", "position", "seed"):
+        if type(fields[name]) is not int:
+            raise TypeError(f"{name} is {fields[name]!r}, expected a whole number")
+    for name in ("params", "buffers"):
+        if not all(isinstance(value, Tensor) for value in fields[name].values()):
+            raise TypeError(f"{name} holds something else than tensors")
+    if not all(isinstance(entries, dict) for entries in fields["opt_state"].values()):
+        raise TypeError("opt_state holds something else than dicts")
+
+
+def _header_crc32(file: Path) -> int:
+    """Checksum of a safetensors file's header; its tensors have their own."""
+    with file.open("rb") as opened:
+        return zlib.crc32(opened.read(int.from_bytes(opened.read(8), "little")))
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / _MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        found = _SEALED.fullmatch(file.read_bytes())
+        if found is None or zlib.crc32(found[2]) != int(found[1]):
+            raise CheckpointError(f"{file}: is damaged (checksum differs), or not a manifest of fntrain")
+        manifest = json.loads(found[2])
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: no such file; not a complete checkpoint") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -312,18 +374,24 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: schema is {manifest.get('schema')!r}, this version reads {SCHEMA}; upgrade")
     fields = {"file": str, "name": str, "shape": list, "dtype": str, "crc32": int}
     entries = manifest.get("tensors")
-    if not isinstance(entries, dict) or not all(
-        isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in fields.items())
-        for entry in entries.values()
+    if (
+        not isinstance(manifest.get("headers"), dict)
+        or not isinstance(entries, dict)
+        or not all(
+            isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in fields.items())
+            for entry in entries.values()
+        )
     ):
         raise CheckpointError(f"{file}: its list of tensors is damaged")
     return manifest
 
 
-def _read_tensors(file: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+def _read_tensors(file: Path, entries: Mapping[str, Mapping[str, Any]], header: Any) -> dict[str, Tensor]:
     """Read the listed tensors of one file, and check names, shapes, dtypes and checksums."""
     try:
         with safe_open(file, framework="pt") as opened:
+            if _header_crc32(file) != header:
+                raise CheckpointError(f"{file}: header is damaged (checksum differs)")
             names = set(opened.keys())
             expected = {entry["name"] for entry in entries.values()}
             if names != expected:
@@ -345,7 +413,15 @@ def _verified(file: Path, leaf: str, tensor: Tensor, entry: Mapping[str, Any]) -
         raise CheckpointError(f"{file}: {leaf} is damaged (checksum differs)")
     if "stride" not in entry:
         return tensor.clone()  # not a view of the mapped file
-    return torch.empty_strided(tensor.shape, entry["stride"], dtype=tensor.dtype).copy_(tensor)
+    stride = entry["stride"]
+    try:
+        # Only dense strides are written: empty_like of the meta tensor is the same tensor again.
+        dense = torch.empty_like(torch.empty_strided(tensor.shape, stride, device="meta")).stride()
+    except (TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{file}: {leaf}: damaged stride {stride!r} in the manifest") from error
+    if list(dense) != stride:
+        raise CheckpointError(f"{file}: {leaf}: damaged stride {stride!r} in the manifest")
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
 
 
 def _fitted(loaded: TrainState, like: TrainState, path: Path) -> TrainState:

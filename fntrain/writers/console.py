@@ -20,6 +20,8 @@ class Console:
         begin, first = time.perf_counter(), start_step
 
         def write(row: Row) -> None:
+            if not row.scalars:
+                return
             seconds = (time.perf_counter() - begin) / max(row.step - first, 1)
             print(_line(row, seconds), file=sys.stdout, flush=True)
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ class Jsonl:
         with path.open("a", encoding="utf-8") as file:
 
             def write(row: Row) -> None:
+                if not row.scalars:
+                    return
                 # Strict JSON has no nan: it is written as null.
                 numbers = {key: value if math.isfinite(value) else None for key, value in row.scalars.items()}
                 file.write(json.dumps({"step": row.step, **numbers}, allow_nan=False) + "\n")
@@ -37,8 +40,8 @@ class Jsonl:
 def jsonl(path: str | os.PathLike[str]) -> Jsonl:
     """Write scalars to a file, one JSON object per line, `step` first; nan and inf are written as null.
 
-    A resumed run first removes the lines of steps after its start (and a last line that a kill cut short), so no step
-    appears twice.
+    A run first drops the lines of steps after its start (and a last line that a kill cut short), so no step appears
+    twice; the file as it was is kept beside it, with the ending `.old`.
 
     Example:
       >>> jsonl("runs/digits/metrics.jsonl")
@@ -50,11 +53,12 @@ def jsonl(path: str | os.PathLike[str]) -> Jsonl:
 def _truncate(path: Path, start_step: int) -> None:
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if _step(line, start_step) <= start_step]
-    if kept != lines:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    kept = "".join(line + "\n" for line in text.splitlines() if _step(line, start_step) <= start_step)
+    if kept != text:
+        shutil.copyfile(path, path.with_name(path.name + ".old"))
         fresh = path.with_name(path.name + ".new")
-        fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        fresh.write_text(kept, encoding="utf-8")
         fresh.replace(path)
 
 

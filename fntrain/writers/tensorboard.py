@@ -22,7 +22,7 @@ class TensorBoard:
     def open(self, start_step: int) -> Iterator[WriteRow]:
         from torch.utils.tensorboard import SummaryWriter  # slow to import: only where it is used
 
-        purge = start_step + 1 if start_step > 0 else None  # what an earlier run wrote for later steps is hidden
+        purge = start_step + 1 if start_step > 0 else 0  # what an earlier run wrote for later steps is hidden
         with SummaryWriter(self.directory, purge_step=purge) as writer:
             if self.hparams and start_step == 0:
                 rows = "\n".join(f"| {key} | {value} |" for key, value in self.hparams.items())

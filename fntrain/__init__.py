@@ -10,20 +10,8 @@ from fntrain.errors import CheckpointError, DataExhaustedError, FntrainError, Mi
 from fntrain.evaluation import Evaluation, evaluation
 from fntrain.events import name_scope, put_histogram, put_image, put_scalar, put_scalars, put_text
 from fntrain.fold import fit, states
-from fntrain.hook import (
-    Hook,
-    at_end,
-    between,
-    compose,
-    every,
-    first,
-    hook,
-    identity,
-    on_main,
-    resource,
-    stateful,
-    when,
-)
+from fntrain.gates import at_end, between, every, first, on_main, when
+from fntrain.hook import Hook, compose, hook, identity, resource, stateful
 from fntrain.loss import weighted
 from fntrain.module import bound, init_state, load_into
 from fntrain.optim import Optimizer, group, optimizer

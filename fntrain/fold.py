@@ -5,27 +5,19 @@ hooks in list order in every phase. `after_train` runs once for each hook, whate
 """
 
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import attrs
 
-from fntrain.errors import DataExhaustedError
-from fntrain.hook import AnyHook, Callback, Gated, Hook, Wrap, flatten
+from fntrain.hook import AnyHook, Callback, Gated, Hook, flatten
+from fntrain.source import END, Batches, Positioned
 from fntrain.state import Run, StepFn, Stop, TrainState
 
 Gate = Callable[[TrainState, int], bool]
 Phase = list[tuple[Gated, Callback, Gate | None]]
-
-
-@runtime_checkable
-class Positioned(Protocol):
-    """Data that can start at any batch, such as `ft.data.stream(...)`."""
-
-    def at(self, position: int) -> Iterator[Any]:
-        """Iterate from batch number `position` (from 0)."""
 
 
 def fit(
@@ -105,13 +97,13 @@ def _states(
     yielded = state.position
     try:
         live = [_opened(single, opened) for single in singles]
-        batches = _Batches(data, [one.hook.wrap_data for one in live if one.hook.wrap_data])
+        batches = Batches(data, [one.hook.wrap_data for one in live if one.hook.wrap_data])
         before_step, after_step = _phase(live, "before_step"), _phase(live, "after_step")
         try:
             state = _call(_phase(live, "before_train"), _with_memory(state, singles), None)
             while state.run.stop is None and (max_steps is None or state.step < max_steps):
                 batch = batches.next(state)
-                if batch is _END:
+                if batch is END:
                     state = _stopped(state, "done", f"data ended after {batches.given} batches")
                     break
                 state = _call(before_step, state, 1)
@@ -203,7 +195,7 @@ def _finish(live: list[Gated], state: TrainState, error: BaseException | None) -
     return state
 
 
-def _close(opened: list[AbstractContextManager[Any]], batches: "_Batches | None", error: BaseException | None) -> None:
+def _close(opened: list[AbstractContextManager[Any]], batches: Batches | None, error: BaseException | None) -> None:
     """Close data and resources, last opened first, all of them; the first error wins."""
     first = error
     closers: list[Callable[[], Any]] = [partial(manager.__exit__, None, None, None) for manager in opened]
@@ -279,69 +271,3 @@ def _with_memory(state: TrainState, singles: list[Gated]) -> TrainState:
     if gone := sorted(state.hooks.keys() - memory.keys()):
         warnings.warn(f"state.hooks: dropped the memory of {gone}: no hook of that name is in this run", stacklevel=4)
     return state.replace(hooks=memory) if memory or state.hooks else state
-
-
-class _End:
-    """Marks the end of the data."""
-
-
-_END = _End()
-
-
-class _Batches:
-    """The data of a run, opened where the state is, and again after a roll-back that moved the position."""
-
-    def __init__(self, data: Positioned | Iterable[Any], wraps: list[Wrap]) -> None:
-        self.data = data
-        self.wraps = wraps
-        self.given = 0
-        self.position: int | None = None
-        self.source: Iterator[Any] | None = None
-        self.batches: Iterator[Any] = iter(())
-
-    def next(self, state: TrainState) -> Any:
-        if state.position != self.position:
-            self._open(state)
-        try:
-            batch = next(self.batches, _END)
-        except BaseException as error:
-            error.add_note(f"while reading batch number {state.position}, for step {state.step + 1}")
-            raise
-        if batch is _END and state.run.max_steps is not None:
-            raise DataExhaustedError(
-                f"data: ended after {self.given} batches, at step {state.step} of max_steps={state.run.max_steps}; "
-                "give more (ft.data.stream never ends), lower max_steps, or declare the data finite with max_steps=None"
-            )
-        self.given += batch is not _END
-        self.position = state.position + 1
-        return batch
-
-    def _open(self, state: TrainState) -> None:
-        self.close()
-        self.source = None
-        if isinstance(self.data, Positioned):
-            source = self.source = self.data.at(state.position)
-        else:
-            source = iter(self.data)
-            if source is not self.data:
-                if state.position > 0:
-                    raise ValueError(
-                        f"data: {type(self.data).__name__} starts at its first batch again, but the state is at "
-                        f"position {state.position}; use ft.data.stream(...), or pass an iterator that starts there: "
-                        "itertools.islice(data, state.position, None)"
-                    )
-                self.source = source
-            elif self.position is not None:
-                raise ValueError(
-                    f"data: a hook moved the position from {self.position} to {state.position}, and an iterator can't "
-                    "go back; use ft.data.stream(...), or keep the position when rolling back"
-                )
-        for wrap in self.wraps:
-            source = wrap(source)
-        self.batches = source
-        self.position = state.position
-
-    def close(self) -> None:
-        """Close the iterator if it was opened here; one that the caller made is theirs to go on with."""
-        if self.source is not None and hasattr(self.source, "close"):
-            self.source.close()

@@ -1,4 +1,4 @@
-"""Norm and clipping of gradients, in place, bitwise those of torch.nn.utils, without its per-call set-up.
+"""Norm, clipping and layout of gradients; norm and clipping are bitwise those of torch.nn.utils, without its set-up.
 
 On the CPU the decision to clip is a host branch (46 us against 244 for clip_grad_norm_ on a small MLP); on a GPU the
 coefficient stays on the device and nothing waits for it.
@@ -59,3 +59,29 @@ def clip_by_value_(grads: list[Tensor], max_value: float) -> None:
     """
     torch._foreach_clamp_min_(grads, -max_value)
     torch._foreach_clamp_max_(grads, max_value)
+
+
+def own_layout(name: str, grad: Tensor, param: Tensor, storages: set[int] | None) -> Tensor:
+    """Return the gradient in the parameter's layout and in storage of its own, copied only where it is not.
+
+    `torch.autograd.grad` and `torch.func.grad` may return one storage for two gradients, stride 0, or a foreign
+    stride; in-place clipping and fused kernels then update silently wrong. `storages` collects what was seen; with None
+    it always copies.
+    """
+    if grad.shape != param.shape:
+        raise ValueError(f"grads[{name!r}]: got shape {tuple(grad.shape)}, the parameter has {tuple(param.shape)}")
+    check_dense(name, grad)
+    storage = grad.untyped_storage().data_ptr()
+    same_layout = grad.stride() == param.stride() and grad.dtype == param.dtype
+    if storages is not None and same_layout and storage not in storages:
+        storages.add(storage)
+        return grad.detach()
+    with torch.no_grad():
+        return torch.empty_like(param).copy_(grad)
+
+
+def check_dense(name: str, grad: Tensor) -> None:
+    if grad.layout is not torch.strided:
+        raise TypeError(
+            f"grads[{name!r}]: got a sparse gradient, expected a dense one; make the embedding with sparse=False"
+        )

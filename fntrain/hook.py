@@ -1,12 +1,9 @@
-"""Hooks: frozen values with up to four callbacks, and the combinators that gate and join them.
+"""Hooks: frozen values with up to four callbacks, and `compose`, which joins them; gates.py has the gates.
 
-A callback takes the state and returns a new one, or None for no change. Combinators take hooks and give hooks; they
-are records, so hooks compare, print and (where their callbacks do) pickle. Gates push inwards to the single hook and
-merge there, which is why the laws hold by `==`: every(a, every(b, h)) == every(lcm(a, b), h), and gates distribute
-over `compose`.
+A callback takes the state and returns a new one, or None for no change. Everything here is a record, so hooks compare,
+print and (where their callbacks do) pickle.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -200,88 +197,6 @@ def compose(*hooks: AnyHook) -> AnyHook:
     return flat[0] if len(flat) == 1 else Composed(flat)
 
 
-def every(n: int, hook: AnyHook) -> AnyHook:
-    """Run a hook's step callbacks at every n-th step only: when n divides the number of the step (from 1).
-
-    Example:
-      >>> h = hook(after_step=print)
-      >>> every(4, every(6, h)) == every(12, h)
-      True
-    """
-    _check_count("every", n)
-    return _gate(hook, lambda one: attrs.evolve(one, every=math.lcm(one.every, n)))
-
-
-def first(n: int, hook: AnyHook) -> AnyHook:
-    """Run a hook's step callbacks in the first n steps only.
-
-    Example:
-      >>> h = hook(after_step=print)
-      >>> first(3, h) == between(1, 3, h)
-      True
-    """
-    _check_count("first", n)
-    return between(1, n, hook)
-
-
-def between(a: int, b: int, hook: AnyHook) -> AnyHook:
-    """Run a hook's step callbacks from step a to step b, both included.
-
-    Example:
-      >>> h = hook(after_step=print)
-      >>> between(2, 9, between(5, 20, h)) == between(5, 9, h)
-      True
-    """
-    _check_count("between: a", a)
-    if b < a:
-        raise ValueError(f"between: got {a} to {b}, expected a <= b")
-    return _gate(
-        hook,
-        lambda one: attrs.evolve(one, first=max(one.first, a), last=b if one.last is None else min(one.last, b)),
-    )
-
-
-def when(predicate: Predicate, hook: AnyHook) -> AnyHook:
-    """Run a hook's step callbacks when `predicate(state)` holds, asked for each hook on its own.
-
-    Raises:
-      ValueError: the hook communicates between ranks: ranks that disagree would wait for each other for ever.
-    Example:
-      >>> when(lambda state: state.metrics["loss"] < 1, hook(after_step=print))
-      when(<lambda>, hook(after_step=print))
-    """
-    if not callable(predicate):
-        raise TypeError(f"predicate: got {type(predicate).__name__}, expected a function of the state")
-    return _gate(
-        hook,
-        lambda one: attrs.evolve(_alone(one, "when"), predicates=(*one.predicates, predicate)),
-    )
-
-
-def on_main(hook: AnyHook) -> AnyHook:
-    """Run a hook on rank 0 only; there it may change metrics, nothing else, so that ranks stay alike.
-
-    Raises:
-      ValueError: the hook communicates between ranks: the others would never answer.
-    Example:
-      >>> on_main(hook(after_step=print))
-      on_main(hook(after_step=print))
-    """
-    return _gate(hook, lambda one: attrs.evolve(_alone(one, "on_main"), main=True))
-
-
-def at_end(hook: AnyHook) -> AnyHook:
-    """Also run a hook's after_step at the end of training, if the last step did not run it already.
-
-    Not when a step raised, and not when `fit` had no step to do.
-
-    Example:
-      >>> at_end(every(100, hook(after_step=print)))
-      at_end(every(100, hook(after_step=print)))
-    """
-    return _gate(hook, lambda one: attrs.evolve(one, at_end=True))
-
-
 def flatten(hooks: Any) -> tuple[Hook | Gated, ...]:
     """List the single hooks of nested sequences and compositions, in order.
 
@@ -310,25 +225,3 @@ class _Value:
     def __call__(self, state: TrainState) -> PyTree:
         del state
         return self.value
-
-
-def _gate(hook: AnyHook, change: Callable[[Gated], Gated]) -> AnyHook:
-    gated = []
-    for single in flatten(hook):
-        one = change(single if isinstance(single, Gated) else Gated(hook=single))
-        gated.append(one if one != Gated(hook=one.hook) else one.hook)
-    return compose(*gated)
-
-
-def _alone(one: Gated, gate: str) -> Gated:
-    if one.hook.communicates:
-        raise ValueError(
-            f"{gate}: {one.hook!r} communicates between ranks, so every rank must run it at the same steps; "
-            "gate it by every, first or between only"
-        )
-    return one
-
-
-def _check_count(name: str, n: int) -> None:
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"{name}: got {n!r}, expected a whole number >= 1")

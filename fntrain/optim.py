@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fntrain import tree
+from fntrain.grads import check_dense, own_layout
 from fntrain.tree import PyTree
 
 OptState = Mapping[str, Mapping[str, PyTree]]
@@ -232,7 +233,7 @@ class BoundOptimizer:
         before = [dict(one) for one in lent.param_groups]
         for name, leaf in leaves.items():
             if leaf.grad is not None and name not in opt_state:
-                _check_dense(name, leaf.grad)
+                check_dense(name, leaf.grad)
         _unwrapped_step(type(lent))(lent)
         if not opt_state:  # a first update shows where the class keeps what it remembers
             self._check_attributes(lent)
@@ -267,32 +268,6 @@ class BoundOptimizer:
                     f"{type(lent).__name__}: its step changes the attribute {key!r}, outside of `state` and "
                     "`param_groups`; it can't be used as a pure function"
                 )
-
-
-def own_layout(name: str, grad: Tensor, param: Tensor, storages: set[int] | None) -> Tensor:
-    """Return the gradient in the parameter's layout and in storage of its own, copied only where it is not.
-
-    `torch.autograd.grad` and `torch.func.grad` may return one storage for two gradients, stride 0, or a foreign
-    stride; in-place clipping and fused kernels then update silently wrong. `storages` collects what was seen; with None
-    it always copies.
-    """
-    if grad.shape != param.shape:
-        raise ValueError(f"grads[{name!r}]: got shape {tuple(grad.shape)}, the parameter has {tuple(param.shape)}")
-    _check_dense(name, grad)
-    storage = grad.untyped_storage().data_ptr()
-    same_layout = grad.stride() == param.stride() and grad.dtype == param.dtype
-    if storages is not None and same_layout and storage not in storages:
-        storages.add(storage)
-        return grad.detach()
-    with torch.no_grad():
-        return torch.empty_like(param).copy_(grad)
-
-
-def _check_dense(name: str, grad: Tensor) -> None:
-    if grad.layout is not torch.strided:
-        raise TypeError(
-            f"grads[{name!r}]: got a sparse gradient, expected a dense one; make the embedding with sparse=False"
-        )
 
 
 def _unwrapped_step(cls: type[torch.optim.Optimizer]) -> Callable[[torch.optim.Optimizer], Any]:

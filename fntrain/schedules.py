@@ -73,18 +73,6 @@ def cosine(start: float, *, total_steps: int, end: float = 0.0) -> Schedule:
     return _make(_cosine, start=start, total_steps=total_steps, end=end)
 
 
-def cosine_restarts(start: float, *, period: int, factor: int = 1, end: float = 0.0) -> Schedule:
-    """Repeat `cosine` with restarts: the first after `period` steps, each next period `factor` times as long.
-
-    Example:
-      >>> [cosine_restarts(1.0, period=2)(step) for step in range(4)]
-      [1.0, 0.5, 1.0, 0.5]
-
-    Source: Loshchilov and Hutter 2017, SGDR, https://arxiv.org/abs/1608.03983
-    """
-    return _make(_cosine_restarts, start=start, period=period, factor=factor, end=end)
-
-
 def exponential(start: float, *, gamma: float) -> Schedule:
     """Multiply by `gamma` every step.
 
@@ -118,16 +106,6 @@ def step_decay(start: float, *, every: int, gamma: float = 0.1) -> Schedule:
     return _make(_step_decay, start=start, every=every, gamma=gamma)
 
 
-def polynomial(start: float, *, total_steps: int, power: float = 1.0, end: float = 0.0) -> Schedule:
-    """Go from `start` to `end` as (1 - step / total_steps) ** power, then stay.
-
-    Example:
-      >>> polynomial(1.0, total_steps=4, power=2)(2)
-      0.25
-    """
-    return _make(_polynomial, start=start, total_steps=total_steps, power=power, end=end)
-
-
 def inverse_sqrt(peak: float, *, warmup_steps: int) -> Schedule:
     """Rise linearly to `peak` at `warmup_steps`, then fall as 1 / sqrt(step).
 
@@ -138,23 +116,6 @@ def inverse_sqrt(peak: float, *, warmup_steps: int) -> Schedule:
     Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
     """
     return _make(_inverse_sqrt, peak=peak, warmup_steps=warmup_steps)
-
-
-def one_cycle(
-    peak: float, *, total_steps: int, rise: float = 0.3, div: float = 25.0, final_div: float = 1e4
-) -> Schedule:
-    """Rise from peak/div to `peak` over a share `rise` of the steps, then fall to peak/div/final_div, by cosines.
-
-    Example:
-      >>> one_cycle(1.0, total_steps=10, rise=0.5)(4)
-      1.0
-
-    Source: Smith and Topin 2018, https://arxiv.org/abs/1708.07120; torch's OneCycleLR.
-    """
-    _check_positive("total_steps", total_steps)
-    if not 1 < rise * total_steps < total_steps - 1:
-        raise ValueError(f"rise: got {rise}, expected at least one step of {total_steps} before and after the peak")
-    return _make(_one_cycle, peak=peak, total_steps=total_steps, rise=rise, div=div, final_div=final_div)
 
 
 def join(*pieces: "tuple[int, Schedule] | Schedule") -> Schedule:
@@ -283,14 +244,6 @@ def _cosine(step: int, *, start: float, total_steps: int, end: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(step / total_steps, 1.0))) / 2
 
 
-def _cosine_restarts(step: int, *, start: float, period: int, factor: int, end: float) -> float:
-    if factor == 1:
-        return _cosine(step % period, start=start, total_steps=period, end=end)
-    while step >= period:
-        step, period = step - period, period * factor
-    return _cosine(step, start=start, total_steps=period, end=end)
-
-
 def _exponential(step: int, *, start: float, gamma: float) -> float:
     return float(start * gamma**step)
 
@@ -303,21 +256,8 @@ def _step_decay(step: int, *, start: float, every: int, gamma: float) -> float:
     return float(start * gamma ** (step // every))
 
 
-def _polynomial(step: int, *, start: float, total_steps: int, power: float, end: float) -> float:
-    return float(end + (start - end) * (1 - min(step / total_steps, 1.0)) ** power)
-
-
 def _inverse_sqrt(step: int, *, peak: float, warmup_steps: int) -> float:
     return peak * min(step / warmup_steps, math.sqrt(warmup_steps / max(step, 1)))
-
-
-def _one_cycle(step: int, *, peak: float, total_steps: int, rise: float, div: float, final_div: float) -> float:
-    top = rise * total_steps - 1
-    low, last = peak / div, peak / div / final_div
-    if step <= top:
-        return low + (peak - low) * (1 - math.cos(math.pi * step / top)) / 2
-    share = min((step - top) / (total_steps - 1 - top), 1.0)
-    return last + (peak - last) * (1 + math.cos(math.pi * share)) / 2
 
 
 def _join(step: int, *, firsts: tuple[tuple[int, Schedule], ...], last: Schedule) -> float:

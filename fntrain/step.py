@@ -22,7 +22,7 @@ from fntrain.errors import NonFiniteError
 from fntrain.events import Collector, MetricName
 from fntrain.loss import Loss, Objective, Weighted, WeightsFn, objective
 from fntrain.module import Slots
-from fntrain.optim import BoundOptimizer, Optimizer, own_layout
+from fntrain.optim import BoundOptimizer, Optimizer
 from fntrain.rng import seed_generators
 from fntrain.state import TrainState
 
@@ -144,7 +144,7 @@ class SupervisedStep:
         for name, leaf in leaves.items():
             if name not in after or after[name] is not before[name]:
                 # A copy: what the function returned may be anyone's memory, and clipping writes in place.
-                leaf.grad = own_layout(name, after[name], leaf, None) if name in after else None
+                leaf.grad = grads.own_layout(name, after[name], leaf, None) if name in after else None
         return {name: leaf for name, leaf in leaves.items() if name in after}
 
     def _norm(self, leaves: dict[str, Tensor]) -> Tensor | None:

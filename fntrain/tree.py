@@ -36,20 +36,6 @@ def named_leaves(tree: PyTree, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
             yield path, item
 
 
-def map_leaves(fn: Callable[[Any], Any], tree: PyTree) -> PyTree:
-    """Rebuild a tree with `fn` applied to every leaf; mappings become dicts.
-
-    Example:
-      >>> map_leaves(lambda leaf: leaf + 1, {"a": (1, 2)})
-      {'a': (2, 3)}
-    """
-    if isinstance(tree, Mapping):
-        return {key: map_leaves(fn, value) for key, value in tree.items()}
-    if type(tree) is tuple or type(tree) is list:
-        return type(tree)([map_leaves(fn, value) for value in tree])
-    return fn(tree)
-
-
 def map_tensors(fn: Callable[[Tensor], Tensor], tree: PyTree) -> PyTree:
     """Rebuild a tree with `fn` applied to its tensors, other leaves kept.
 
@@ -57,7 +43,9 @@ def map_tensors(fn: Callable[[Tensor], Tensor], tree: PyTree) -> PyTree:
       >>> map_tensors(torch.neg, [torch.ones(()), "x"])
       [tensor(-1.), 'x']
     """
-    return map_leaves(lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+    found: list[Tensor] = []
+    _gather(tree, found)
+    return _refill(tree, map(fn, found))
 
 
 def clone(tree: PyTree) -> PyTree:

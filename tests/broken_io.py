@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 import fntrain as ft
-from fntrain import data
+from fntrain import data, permutation
 from fntrain.shell import checkpoint
+from fntrain.shell import files as content
 from fntrain.state import TrainState
 
 
@@ -92,7 +93,7 @@ def twin(cls: type[data.Stream], stream: data.Stream) -> data.Stream:
 
 def feistel_for_all(size: int, key: int, start: int, end: int) -> list[int]:
     """A Feistel network also for small sizes, where it reaches only even permutations."""
-    return data._feistel_block(size, key, 0)[start:end].tolist()
+    return permutation._feistel_block(size, key, 0)[start:end].tolist()
 
 
 _save = checkpoint.save
@@ -107,7 +108,7 @@ def save_in_place(state: TrainState, directory: Path) -> Path:
     try:
         for name in ("state.json", "model.safetensors", "train.safetensors"):
             (target / name).write_bytes((whole / name).read_bytes())
-            checkpoint._fsync(target / name)
+            checkpoint.fsync(target / name)
     except OSError as error:
         raise ft.CheckpointError(str(error)) from error
     return target
@@ -127,12 +128,12 @@ def save_without_signs(state: TrainState, directory: Path) -> Path:
 
 def load_unchecked(path: Path) -> TrainState:
     """Believes every byte."""
-    kept = checkpoint._verified
-    checkpoint._verified = lambda file, leaf, tensor, entry: tensor.clone()
+    kept = content._verified
+    content._verified = lambda file, leaf, tensor, entry: tensor.clone()
     try:
         return checkpoint.load(path)
     finally:
-        checkpoint._verified = kept
+        content._verified = kept
 
 
 def eager_metrics(record: Any, every: int) -> ft.Hook:

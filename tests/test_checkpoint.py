@@ -23,6 +23,7 @@ from torch import nn
 import fntrain as ft
 from fntrain import CheckpointError, TrainState
 from fntrain.shell import checkpoint as files
+from fntrain.shell import files as content
 
 NAMES = ("model.safetensors", "train.safetensors", "state.json")
 DTYPES = [
@@ -552,7 +553,7 @@ class Killed(BaseException):
 SEAMS = {
     "fsync": (os, "fsync"),
     "rename": (Path, "rename"),
-    "save_file": (files, "save_file"),
+    "save_file": (content, "save_file"),
     "mkdir": (Path, "mkdir"),
     "open": (Path, "open"),
     "rmtree": (shutil, "rmtree"),
@@ -618,7 +619,7 @@ def test_law_atomic_can_fail(tmp_path, monkeypatch, step):
 
 def test_a_failed_save_leaves_no_partial_directory(tmp_path, monkeypatch):
     """An OSError while writing is a CheckpointError that says so, and cleans up after itself."""
-    monkeypatch.setattr(files, "save_file", Counted(files.save_file, 2, OSError(28, "No space left on device")))
+    monkeypatch.setattr(content, "save_file", Counted(content.save_file, 2, OSError(28, "No space left on device")))
     with pytest.raises(CheckpointError, match="No space left on device"):
         files.save(make_state(1), tmp_path)
     assert list(tmp_path.iterdir()) == []

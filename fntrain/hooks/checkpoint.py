@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import attrs
 
+from fntrain import gates
 from fntrain import hook as hooks
 from fntrain.errors import CheckpointError
 from fntrain.shell import checkpoint as files
@@ -60,4 +61,4 @@ def checkpoint(
     if keep_last is not None and (isinstance(keep_last, bool) or not isinstance(keep_last, int) or keep_last < 1):
         raise ValueError(f"keep_last: got {keep_last!r}, expected a whole number >= 1 or None")
     record = Checkpoint(os.fspath(directory), keep_last)
-    return hooks.at_end(hooks.every(every, hooks.resource(record, name=name, saves=True)))
+    return gates.at_end(gates.every(every, hooks.resource(record, name=name, saves=True)))

@@ -6,6 +6,7 @@ from typing import Any
 import attrs
 from torch import Tensor
 
+from fntrain import gates
 from fntrain import hook as hooks
 from fntrain.events import MetricName
 from fntrain.state import TrainState
@@ -58,4 +59,4 @@ def evaluate(
     if not callable(fn):
         raise TypeError(f"fn: got {type(fn).__name__}, expected a function of the state, such as ft.evaluation(...)")
     reporting = hooks.hook(after_step=Evaluate(fn, prefix), name=name)
-    return hooks.at_end(hooks.every(every, attrs.evolve(reporting, reports=True)))
+    return gates.at_end(gates.every(every, attrs.evolve(reporting, reports=True)))

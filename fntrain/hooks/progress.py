@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import attrs
 
+from fntrain import gates
 from fntrain import hook as hooks
 from fntrain.errors import MissingExtraError
 from fntrain.state import TrainState
@@ -41,4 +42,4 @@ def progress_bar(*, name: str = "progress_bar") -> hooks.AnyHook:
       >>> progress_bar()
       on_main(ProgressBar())
     """
-    return hooks.on_main(hooks.resource(ProgressBar(), name=name))
+    return gates.on_main(hooks.resource(ProgressBar(), name=name))

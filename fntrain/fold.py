@@ -94,7 +94,7 @@ def _states(
     max_steps = state.run.max_steps
     opened: list[AbstractContextManager[Any]] = []
     batches = None
-    yielded = state.position
+    unseen = False  # whether the state was made by a step and not yielded yet
     try:
         live = [_opened(single, opened) for single in singles]
         batches = Batches(data, [one.hook.wrap_data for one in live if one.hook.wrap_data])
@@ -107,11 +107,11 @@ def _states(
                     state = _stopped(state, "done", f"data ended after {batches.given} batches")
                     break
                 state = _call(before_step, state, 1)
-                state = _step(step_fn, state, batch)
+                state, unseen = _step(step_fn, state, batch), True
                 del batch  # or it would live until the next one is there: one batch of memory
                 state = _call(after_step, state, 0)
                 if state.run.stop is None and (max_steps is None or state.step < max_steps):
-                    yielded = state.position
+                    unseen = False
                     yield state
             state = _stopped(state, "done", f"max_steps={max_steps} reached")
         except GeneratorExit:
@@ -125,7 +125,7 @@ def _states(
         _close(opened, batches, error)
         raise
     _close(opened, batches, None)
-    if state.position != yielded:  # with finite data the last state is out before the end is known
+    if unseen:  # with finite data the last state is out before the end is known
         yield state
     return state
 

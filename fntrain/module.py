@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import attrs
@@ -124,6 +125,11 @@ class Slots:
                     places.append((name, module._buffers, key))
         return cls(params, tuple(places))
 
+    @cached_property
+    def buffer_names(self) -> frozenset[str]:
+        """Names of the buffers; one in several places has its first place's."""
+        return frozenset(name for name, _, _ in self.places)
+
     @property
     def buffers(self) -> dict[str, Tensor]:
         """The module's buffers as they are now, by name; a buffer in several places once."""
@@ -143,12 +149,16 @@ class Slots:
     def lend(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> "Lease":
         """Put tensors into the slots, gradients set to None; returns what `take_back` needs."""
         lease = Lease([(p, p.data, p.grad) for p in self.params.values()], self.buffers, {})
-        for name, param in self.params.items():
-            param.data = params[name]
-            param.grad = None
-        for name, buffer in lease.buffers.items():
-            lease.data[name] = buffer.data
-            buffer.data = buffers[name]
+        try:
+            for name, param in self.params.items():
+                param.data = params[name]
+                param.grad = None
+            for name, buffer in lease.buffers.items():
+                lease.data[name] = buffer.data
+                buffer.data = buffers[name]
+        except BaseException:
+            self.take_back(lease)
+            raise
         return lease
 
     def take_back(self, lease: "Lease") -> None:

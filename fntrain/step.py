@@ -59,9 +59,9 @@ class SupervisedStep:
 
     def __call__(self, state: TrainState, batch: Batch) -> TrainState:
         params, buffers = self._fresh(state)
-        lease = self.slots.lend(params, buffers)
         frozen = [self.slots.params[name] for name in self.bound.frozen]
         thawed = [param for param in frozen if param.requires_grad]
+        lease = self.slots.lend(params, buffers)
         for param in thawed:
             param.requires_grad_(False)
         try:
@@ -73,15 +73,10 @@ class SupervisedStep:
 
     def _fresh(self, state: TrainState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copies of parameters and buffers, which the module writes to and the next state keeps."""
-        try:
-            names = list(self.slots.params)
-            sources = [state.params[name] for name in names]
-        except KeyError:
+        if state.params.keys() != self.slots.params.keys() or state.buffers.keys() != self.slots.buffer_names:
             self.slots.check(state)
-            raise
-        copies = tree.clone_tensors([*sources, *state.buffers.values()])
-        params = dict(zip(names, copies, strict=False))
-        return params, dict(zip(state.buffers, copies[len(names) :], strict=True))
+        params, buffers = tree.clone((state.params, state.buffers))
+        return params, buffers
 
     def _body(
         self,
@@ -99,16 +94,17 @@ class SupervisedStep:
         metrics[LR] = self.optimizer.lr(state.step) if callable(self.optimizer.lr) else self.optimizer.lr
         if norm is not None:
             metrics["grad_norm"] = norm
-        on_host = _decides_on_host(metrics["loss"], state)
+        if isinstance(healthy, Tensor) and _must_decide_now(state):
+            healthy = bool(healthy)
         if self.on_nonfinite != "allow":
-            metrics[SKIPPED] = float(not bool(healthy)) if on_host else (~healthy).float()
-        if on_host and not bool(healthy):
+            metrics[SKIPPED] = (~healthy).float() if isinstance(healthy, Tensor) else float(not healthy)
+        if healthy is False:
             self._refuse(state, metrics["loss"])
             return state.advance(metrics=metrics)
         self._clip(leaves, norm)
         opt_state = self.bound.apply_(self.slots.params, tree.clone(state.opt_state), state.step)
         new: dict[str, Any] = {"params": params, "buffers": written_buffers(), "opt_state": opt_state}
-        if not on_host:
+        if isinstance(healthy, Tensor):
             new = {name: _select(healthy, value, getattr(state, name)) for name, value in new.items()}
         return state.advance(**{name: MappingProxyType(value) for name, value in new.items()}, metrics=metrics)
 
@@ -151,14 +147,16 @@ class SupervisedStep:
         wanted = self.clip_grad_norm is not None or self.on_nonfinite != "allow"
         return grads.global_norm(_grads(leaves)) if wanted and leaves else None
 
-    def _healthy(self, loss: Tensor, norm: Tensor | None, parts: list[tuple[Objective, Collector]]) -> Any:
-        """Whether to update: loss and gradients finite, and weight not 0; a bool on the CPU, a tensor elsewhere."""
-        total = _total_weight(parts) if parts[0][0].divide else 1.0
+    def _healthy(self, loss: Tensor, norm: Tensor | None, parts: list[tuple[Objective, Collector]]) -> bool | Tensor:
+        """Whether to update: loss and gradients finite, weight not 0; a tensor where the host would have to wait."""
+        weighs = (_total_weight(parts) if parts[0][0].divide else 1) != 0
+        if isinstance(weighs, Tensor) and loss.device.type == "cpu":
+            weighs = bool(weighs)
         if self.on_nonfinite == "allow" or norm is None:
-            return total != 0
+            return weighs
         if loss.device.type == "cpu":
-            return math.isfinite(norm.item()) and math.isfinite(loss.item()) and bool(total != 0)
-        return torch.isfinite(norm) & torch.isfinite(loss) & (total != 0)
+            return weighs and math.isfinite(norm.item()) and math.isfinite(loss.item())
+        return torch.isfinite(norm) & torch.isfinite(loss) & weighs
 
     def _refuse(self, state: TrainState, loss: Tensor) -> None:
         if self.on_nonfinite != "raise":
@@ -281,14 +279,9 @@ def _report(parts: list[tuple[Objective, Collector]]) -> dict[str, Any]:
     return {**metrics, **(sums if divisor is None else {name: value / divisor for name, value in sums.items()})}
 
 
-def _decides_on_host(loss: Tensor, state: TrainState) -> bool:
-    """Host branch on the CPU, and wherever the first update still has to create the optimizer's state.
-
-    An optimizer with Python counters can't be chosen on the device either: it pays a synchronisation a step.
-    """
-    if loss.device.type == "cpu" or not state.opt_state:
-        return True
-    return any(not isinstance(leaf, Tensor) for _, leaf in tree.named_leaves(state.opt_state))
+def _must_decide_now(state: TrainState) -> bool:
+    """Whether a GPU has to be waited for: where the update creates the optimizer's state, or changes Python counters."""
+    return not state.opt_state or any(not isinstance(leaf, Tensor) for _, leaf in tree.named_leaves(state.opt_state))
 
 
 def _select(healthy: Tensor, new: Any, old: Any) -> Any:

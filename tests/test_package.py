@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import fntrain as ft
+import fntrain.testing
 
 ROOT = pathlib.Path(ft.__file__).parent
 FORBIDDEN = re.compile(
@@ -45,6 +46,17 @@ def test_imports_are_the_five_packages():
     for path in ROOT.rglob("*.py"):
         roots = {name.partition(".")[0] for name in imports(path.read_text())}
         assert roots - set(sys.stdlib_module_names) <= allowed, path
+
+
+PUBLIC = {f"{m.__name__}.{n}": getattr(m, n) for m in (ft.hooks, ft.writers, ft.schedules, ft.data, ft.testing) for n in getattr(m, "__all__", vars(m)) if not n.startswith("_")}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, f in PUBLIC.items() if inspect.isfunction(f) and f.__module__.startswith("fntrain")]
+)
+def test_every_public_function_of_a_module_has_an_example(name):
+    """hooks, writers, schedules, data and testing document every function with an example that runs."""
+    assert ">>>" in inspect.getdoc(PUBLIC[name])
 
 
 @pytest.mark.parametrize("name", ft.__all__)

@@ -206,3 +206,23 @@ def test_modules_moved_after_building_the_step_still_work():
     assert new.buffers["1.running_mean"].dtype == torch.float64
     assert new.buffers["1.num_batches_tracked"] == 1
     assert model[1].num_batches_tracked == 0
+
+
+def test_lending_that_fails_half_way_leaves_the_module_as_it_was():
+    """A tensor that can't be lent is an error, and what was lent before it is taken back."""
+    model = make("mlp")
+    own = [param.data_ptr() for param in model.parameters()]
+    slots = ft.module.Slots.of(model)
+    params = {**{name: param.detach().clone() for name, param in slots.params.items()}, "2.bias": "no tensor"}
+    with pytest.raises(TypeError):
+        slots.lend(params, {})
+    assert [param.data_ptr() for param in model.parameters()] == own
+
+
+def test_a_step_refuses_a_state_with_other_names():
+    """More, fewer or other parameters and buffers than the module's are named."""
+    model = make("batchnorm")
+    step_fn, state = ft.supervised_step(model, square_loss, SGD), ft.init_state(model, SGD)
+    for change in ({"params": {**state.params, "x": torch.ones(1)}}, {"buffers": {}}):
+        with pytest.raises(ValueError, match="of another model"):
+            step_fn(state.replace(**change), batches("batchnorm", 1)[0])

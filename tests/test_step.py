@@ -207,10 +207,6 @@ def poison(kind):
 def test_a_bad_step_changes_nothing_but_the_counters(kind, bad_step, device_decides, monkeypatch):
     """Parameters, buffers and optimizer state keep their bits; the next good step goes on from them."""
     if device_decides:  # the branch of a GPU, taken on the CPU: choose every tensor without a host decision
-        real = step_module._decides_on_host
-        monkeypatch.setattr(
-            step_module, "_decides_on_host", lambda loss, state: bool(not state.opt_state and real(loss, state))
-        )
         monkeypatch.setattr(
             step_module.SupervisedStep,
             "_healthy",

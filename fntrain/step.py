@@ -280,7 +280,7 @@ def _report(parts: list[tuple[Objective, Collector]]) -> dict[str, Any]:
 
 
 def _must_decide_now(state: TrainState) -> bool:
-    """Whether a GPU has to be waited for: where the update creates the optimizer's state, or changes Python counters."""
+    """Whether a GPU has to be waited for: the update creates the optimizer's state, or changes Python counters."""
     return not state.opt_state or any(not isinstance(leaf, Tensor) for _, leaf in tree.named_leaves(state.opt_state))
 
 

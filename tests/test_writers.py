@@ -382,6 +382,7 @@ def test_tensorboard_reads_back(tmp_path):
     assert board.Histograms("weights")[0].histogram_value.num == 10
     texts = {event.step: event.tensor_proto.string_val[0].decode() for event in board.Tensors("sample/text_summary")}
     assert texts == {step: f"text of step {step}" for step in (1, 2, 3, 4)}
+    assert "_hparams_/session_start_info" in board.summary_metadata
     [hparams] = board.Tensors("hparams/text_summary")
     assert b"| lr | 0.25 |" in hparams.tensor_proto.string_val[0]
 

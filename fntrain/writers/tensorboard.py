@@ -25,8 +25,7 @@ class TensorBoard:
         purge = start_step + 1 if start_step > 0 else 0  # what an earlier run wrote for later steps is hidden
         with SummaryWriter(self.directory, purge_step=purge) as writer:
             if self.hparams and start_step == 0:
-                rows = "\n".join(f"| {key} | {value} |" for key, value in self.hparams.items())
-                writer.add_text("hparams", f"| name | value |\n|---|---|\n{rows}", 0)
+                _add_hparams(writer, self.hparams)
 
             def write(row: Row) -> None:
                 for name, value in row.scalars.items():
@@ -45,12 +44,25 @@ def tensorboard(directory: str | os.PathLike[str], *, hparams: Mapping[str, Any]
 
     Args:
       directory: of the event files.
-      hparams: the run's settings, shown as a table under Text.
+      hparams: the run's settings, shown under HParams and as a table under Text.
     Example:
       >>> tensorboard("runs/digits", hparams={"lr": 0.1})
       TensorBoard(directory='runs/digits', hparams={'lr': 0.1})
     """
     return TensorBoard(os.fspath(directory), hparams)
+
+
+def _add_hparams(writer: Any, hparams: Mapping[str, Any]) -> None:
+    from torch.utils.tensorboard.summary import hparams as summaries
+
+    # add_hparams of SummaryWriter would make a second run beside this one; its three summaries go into this run.
+    plain = {
+        key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in hparams.items()
+    }
+    for summary in summaries(plain, {}):
+        writer.file_writer.add_summary(summary)
+    rows = "\n".join(f"| {key} | {value} |" for key, value in hparams.items())
+    writer.add_text("hparams", f"| name | value |\n|---|---|\n{rows}", 0)
 
 
 def _add(writer: Any, name: str, medium: Any, step: int) -> None:

@@ -14,7 +14,7 @@ import attrs
 
 from fntrain.hook import AnyHook, Callback, Gated, Hook, flatten
 from fntrain.source import END, Batches, Positioned
-from fntrain.state import Run, StepFn, Stop, TrainState
+from fntrain.state import SAVED, Run, StepFn, Stop, TrainState
 
 Gate = Callable[[TrainState, int], bool]
 Phase = list[tuple[Gated, Callback, Gate | None]]
@@ -183,7 +183,9 @@ def _finish(live: list[Gated], state: TrainState, error: BaseException | None) -
     trained = error is None and state.step > state.run.start_step
     for gated in live:
         pending = [gated.hook.after_train]
-        if gated.at_end and trained and not gated.admits(last, last.step):
+        # A state that after_train changed (the last evaluation's best score, say) is saved again.
+        stale = gated.hook.saves and any(getattr(state, name) is not getattr(last, name) for name in SAVED)
+        if gated.at_end and trained and (stale or not gated.admits(last, last.step)):
             pending.insert(0, gated.hook.after_step)
         for callback in pending:
             try:

@@ -119,7 +119,7 @@ def train(config: Config) -> ft.TrainState:
     state = ft.resume_or(ft.init_state(model, optimizer, seed=config.seed), config.out)
     data = ft.data.stream(Digits(train=True), config.batch_size, seed=config.seed, num_workers=config.workers)
     evaluation = ft.evaluation(model, metrics_fn, Digits(train=False))
-    hooks: list[Any] = [
+    hooks = [
         ft.hooks.iteration_timer(),
         ft.hooks.evaluate(evaluation, every=250),
         ft.stateful("best", 0.0, after_step=keep_best, after_train=keep_best),

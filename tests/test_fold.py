@@ -357,3 +357,19 @@ def test_a_hook_that_reports_after_the_writer_is_refused():
     with pytest.raises(ValueError, match="'evaluate' reports metrics and is listed after 'write_metrics'"):
         fit([ft.hooks.write_metrics(()), evaluate])
     fit([evaluate, ft.hooks.write_metrics(())])
+
+
+def test_the_last_checkpoint_has_what_the_last_evaluation_left(tmp_path):
+    """A best score of an evaluation at the end is in the checkpoint of that step, saved before it already."""
+
+    def best(state):
+        return ft.remember(state, "best", max(state.hooks["best"], state.metrics.get("eval/x", 0)))
+
+    hooks = [
+        ft.hooks.evaluate(lambda state: {"x": state.step}, every=100),
+        ft.stateful("best", 0, after_train=best),
+        ft.hooks.checkpoint(tmp_path, every=5),
+    ]
+    final = fit(hooks, max_steps=5)
+    assert final.hooks == {"best": 5}
+    assert ft.load(ft.latest(tmp_path)) == final

@@ -12,7 +12,7 @@ from typing import Any
 
 import attrs
 
-from fntrain.hook import AnyHook, Callback, Gated, Hook, flatten
+from fntrain.hook import PHASES, AnyHook, Callback, Gated, Hook, flatten
 from fntrain.source import END, Batches, Positioned
 from fntrain.state import SAVED, Run, StepFn, Stop, TrainState
 
@@ -238,7 +238,8 @@ def _opened(gated: Gated, opened: list[AbstractContextManager[Any]]) -> Gated:
     manager = gated.hook.open()
     live = manager.__enter__()
     opened.append(manager)
-    return attrs.evolve(gated, hook=attrs.evolve(live, name=gated.hook.name))
+    callbacks = {name: getattr(live, name) for name in (*PHASES, "wrap_data")}
+    return attrs.evolve(gated, hook=attrs.evolve(gated.hook, open=None, **callbacks))
 
 
 def _check_order(singles: list[Gated]) -> None:

@@ -16,6 +16,7 @@ from fntrain.tree import PyTree
 Callback = Callable[[TrainState], TrainState | None]
 Predicate = Callable[[TrainState], bool]
 Wrap = Callable[[Iterator[Any]], Iterator[Any]]
+PHASES = ("before_train", "before_step", "after_step", "after_train")
 
 
 @attrs.frozen(kw_only=True)
@@ -49,7 +50,7 @@ class Hook:
 
     def __repr__(self) -> str:
         shown = [repr(self.name)] if self.name else []
-        for phase in ("before_train", "before_step", "after_step", "after_train"):
+        for phase in PHASES:
             if callback := getattr(self, phase):
                 shown.append(f"{phase}={getattr(callback, '__qualname__', repr(callback))}")
         return f"hook({', '.join(shown)})" if self.open is None else repr(self.open)

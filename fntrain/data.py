@@ -5,20 +5,19 @@ the randomness of a sample comes from (seed, epoch, index), so worker count, wor
 what a batch holds. The loading itself is torch's DataLoader.
 """
 
-import random
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import attrs
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from fntrain.permutation import permutation
-from fntrain.rng import fold_in, preserved_generators
+from fntrain.rng import fold_in, preserved_generators, seed_generators
 
 Sample = tuple[int, int]  # (epoch, index in the data set)
+# Keep the draws of reading apart from each other and from those of the training step of the same number.
+_USE_SAMPLE, _USE_COLLATE, _USE_ORDER = 0x73616D70, 0x636F6C6C, 0x6F726472
 
 
 @attrs.frozen(kw_only=True)
@@ -92,11 +91,11 @@ class Stream:
         workers: dict[str, Any] = {}
         if self.num_workers > 0:
             workers = {"num_workers": self.num_workers, "prefetch_factor": self.prefetch_factor}
-        seeded: Any = _Seeded(self.dataset, self.seed)
+        seeded: Any = _Seeded(self.dataset, self.collate_fn or default_collate, self.seed)
         loader: DataLoader[Any] = DataLoader(
             seeded,
             batch_sampler=_Shares(self, position),
-            collate_fn=self.collate_fn,
+            collate_fn=_as_it_is,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # the loader draws a seed when iterated: not from the default generator
             **workers,
@@ -106,7 +105,7 @@ class Stream:
     def _order(self, epoch: int, start: int, end: int) -> list[int]:
         if not self.shuffle:
             return list(range(start, end))
-        return permutation(len(self.dataset), fold_in(self.seed, epoch), start, end)
+        return permutation(len(self.dataset), fold_in(self.seed, _USE_ORDER, epoch), start, end)
 
 
 def stream(
@@ -127,8 +126,8 @@ def stream(
     """Make an endless stream of batches of which number s is a function of (seed, s).
 
     By default batches straddle epochs and are always full, and every sample comes exactly once per epoch. While
-    samples are read, torch's, Python's and NumPy's default generators are seeded from (seed, epoch, index); in the
-    main process they are put back.
+    samples are read, torch's, Python's and NumPy's default generators are seeded from (seed, epoch, index), while they
+    are collated from the first sample of the rank's share; in the main process they are put back.
 
     Args:
       dataset: map-style: has `__len__` and `__getitem__(index)`.
@@ -215,35 +214,25 @@ class _Shares:
 
 @attrs.frozen
 class _Seeded:
-    """The data set, read with generators seeded for each sample."""
+    """The data set, read and collated with generators seeded for each sample."""
 
     dataset: Any
+    collate: Callable[[list[Any]], Any]
     seed: int
 
-    def __getitems__(self, samples: list[Sample]) -> list[Any]:
-        with _preserved_default_generators():
-            return [self._read(epoch, index) for epoch, index in samples]
+    def __getitems__(self, samples: list[Sample]) -> Any:
+        with preserved_generators():
+            read = [self._read(*sample) for sample in samples]
+            seed_generators(self.seed, _USE_COLLATE, *samples[0])
+            return self.collate(read)
 
     def _read(self, epoch: int, index: int) -> Any:
-        seed = fold_in(self.seed, epoch, index)
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        if numpy := sys.modules.get("numpy"):
-            numpy.random.seed(seed & 0xFFFFFFFF)
+        seed_generators(self.seed, _USE_SAMPLE, epoch, index)
         return self.dataset[index]
 
 
-@contextmanager
-def _preserved_default_generators() -> Iterator[None]:
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), numpy.random.get_state() if numpy else None
-    try:
-        with preserved_generators():
-            yield
-    finally:
-        random.setstate(states[0])
-        if numpy:
-            numpy.random.set_state(states[1])
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _batches(iterator: Any) -> Iterator[Any]:

@@ -36,7 +36,7 @@ class Evaluation:
                 with events.collecting():  # what the model reports while evaluating belongs to no step
                     results = _flat(self.fn(self.model, batch))
                 for name, value in results.items():
-                    sums.setdefault(name, []).append(_sum_and_weight(value, batch))
+                    sums.setdefault(name, []).append(_sum_and_weight(name, value, batch))
         if not sums:
             raise ValueError("evaluation: the data gave no batch, or fn no metric")
         return {name: _mean(parts) for name, parts in sums.items()}
@@ -55,7 +55,8 @@ def evaluation(
       model: the module of the step.
       fn: (model, batch) -> dict (nested names join with "/") of means over the batch, which are weighted by its
         samples, or of `ft.weighted(sum, weight)`. Values stay on their device until the end.
-      data: a map-style data set, read in order; or a DataLoader or other re-iterable of batches.
+      data: a map-style data set (also a list or tensor of samples), read in order; or a DataLoader or other
+        re-iterable of batches.
       batch_size, num_workers: how a data set is read.
     Raises:
       ValueError: (when called) the data is empty.
@@ -79,8 +80,9 @@ def evaluation(
 def _eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards the flag of every sub-module as it was (frozen ones stay frozen)."""
     flags = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
+        for module, _ in flags:  # not model.eval(): what a module overrides there would not be undone
+            module.training = False
         yield
     finally:
         for module, flag in flags:
@@ -97,13 +99,14 @@ def _flat(results: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _sum_and_weight(value: Any, batch: Batch) -> tuple[Any, Any]:
-    if isinstance(value, Weighted):
-        return value.loss_sum, value.weight
-    weight = num_samples(batch)
-    if isinstance(value, Tensor):
-        return value.detach().double() * weight, weight
-    return value * weight, weight
+def _sum_and_weight(name: str, value: Any, batch: Batch) -> tuple[Any, Any]:
+    weighs = isinstance(value, Weighted)
+    number, weight = (value.loss_sum, value.weight) if weighs else (value, num_samples(batch))
+    if isinstance(number, Mapping) or (isinstance(number, Tensor) and number.numel() != 1):
+        raise ValueError(f"evaluation: {name!r} is {number!r:.80}, expected a number")
+    if isinstance(number, Tensor):
+        number = number.detach().reshape(()).double()  # sums of many batches: not in the model's precision
+    return (number, weight) if weighs else (number * weight, weight)
 
 
 def _mean(parts: list[tuple[Any, Any]]) -> float:

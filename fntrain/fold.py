@@ -67,7 +67,8 @@ def states(
 ) -> Generator[TrainState, None, TrainState]:
     """Yield the state after every step, lazily; arguments and errors as for `fit`.
 
-    Leaving the loop early runs `after_train` and closes everything; the last state is yielded after `after_train`.
+    Leaving the loop early runs `after_train` and closes everything. The last state is yielded after `after_train`; with
+    data declared finite it is out before the end is known, and `fit` alone returns it as `after_train` leaves it.
 
     Example:
       >>> def step_fn(state, batch):
@@ -98,7 +99,8 @@ def _states(
     try:
         live = [_opened(single, opened) for single in singles]
         batches = Batches(data, [one.hook.wrap_data for one in live if one.hook.wrap_data])
-        before_step, after_step = _phase(live, "before_step"), _phase(live, "after_step")
+        ran: dict[int, int] = {}
+        before_step, after_step = _phase(live, "before_step"), _phase(live, "after_step", ran)
         try:
             state = _call(_phase(live, "before_train"), _with_memory(state, singles), None)
             while state.run.stop is None and (max_steps is None or state.step < max_steps):
@@ -107,6 +109,10 @@ def _states(
                     state = _stopped(state, "done", f"data ended after {batches.given} batches")
                     break
                 state = _call(before_step, state, 1)
+                if state.position != batches.position - 1:
+                    raise ValueError(
+                        "hooks: a before_step moved the position, after its batch was read; use after_step"
+                    )
                 state, unseen = _step(step_fn, state, batch), True
                 del batch  # or it would live until the next one is there: one batch of memory
                 state = _call(after_step, state, 0)
@@ -115,12 +121,12 @@ def _states(
                     yield state
             state = _stopped(state, "done", f"max_steps={max_steps} reached")
         except GeneratorExit:
-            _finish(live, _stopped(state, "requested", "states() was left early"), None)
+            _finish(live, ran, _stopped(state, "requested", "states() was left early"), None)
             raise
         except BaseException as error:
-            _finish(live, _stopped(state, "error", f"{type(error).__name__}: {error}"), error)
+            _finish(live, ran, _stopped(state, "error", f"{type(error).__name__}: {error}"), error)
             raise
-        state = _finish(live, state, None)
+        state = _finish(live, ran, state, None)
     except BaseException as error:
         _close(opened, batches, error)
         raise
@@ -149,15 +155,15 @@ def _step(step_fn: StepFn, state: TrainState, batch: Any) -> TrainState:
 def _call(phase: Phase, state: TrainState, offset: int | None) -> TrainState:
     """Run the callbacks of one phase; with an offset, those whose gates are open for step `state.step + offset`."""
     for gated, callback, gate in phase:
-        if gate is None or offset is None or gate(state, state.step + offset):
-            try:
+        try:
+            if gate is None or offset is None or gate(state, state.step + offset):
                 new = callback(state)
                 if new is not None:
                     state = _accept(gated, state, new)
-            except BaseException as error:
-                called = getattr(callback, "__qualname__", repr(callback))
-                error.add_note(f"in {called} of hook {gated.hook.name or gated.hook!r}, at step {state.step}")
-                raise
+        except BaseException as error:
+            called = getattr(callback, "__qualname__", repr(callback))
+            error.add_note(f"in {called} of hook {gated.hook.name or gated.hook!r}, at step {state.step}")
+            raise
     return state
 
 
@@ -177,22 +183,20 @@ def _accept(gated: Gated, old: TrainState, new: TrainState) -> TrainState:
     return new.replace(run=old.run)
 
 
-def _finish(live: list[Gated], state: TrainState, error: BaseException | None) -> TrainState:
-    """Run `after_train` of every hook, each after its `at_end`; the first error wins, later ones are noted on it."""
+def _finish(live: list[Gated], ran: dict[int, int], state: TrainState, error: BaseException | None) -> TrainState:
+    """Run `after_train` of every hook, each after its `at_end`; `ran` says at which step an at_end hook ran last."""
     last, first = state, error
     trained = error is None and state.step > state.run.start_step
     for gated in live:
-        pending = [gated.hook.after_train]
         # A state that after_train changed (the last evaluation's best score, say) is saved again.
         stale = gated.hook.saves and any(getattr(state, name) is not getattr(last, name) for name in SAVED)
-        if gated.at_end and trained and (stale or not gated.admits(last, last.step)):
-            pending.insert(0, gated.hook.after_step)
-        for callback in pending:
+        due = gated.at_end and trained and (stale or ran.get(id(gated)) != last.step)
+        for callback in (gated.hook.after_step if due else None, gated.hook.after_train):
             try:
                 state = _call([(gated, callback, None)], state, None) if callback else state
-            except Exception as later:
+            except BaseException as later:
                 first = _noted(first, later)
-    if error is None and first is not None:
+    if error is not first and first is not None:
         raise first
     return state
 
@@ -204,18 +208,19 @@ def _close(opened: list[AbstractContextManager[Any]], batches: Batches | None, e
     for close in reversed([*closers, batches.close] if batches else closers):
         try:
             close()
-        except Exception as later:
+        except BaseException as later:
             first = _noted(first, later)
-    if error is None and first is not None:
+    if error is not first and first is not None:
         raise first
 
 
-def _noted(first: BaseException | None, later: Exception) -> BaseException:
-    """The error to raise: the first one, with the later one as a note."""
+def _noted(first: BaseException | None, later: BaseException) -> BaseException:
+    """The error to raise: the first one with the later as a note, but Ctrl-C and exits before ordinary errors."""
     if first is None:
         return later
-    first.add_note("\n".join([f"then {type(later).__name__}: {later}", *getattr(later, "__notes__", ())]))
-    return first
+    winner, other = (later, first) if isinstance(first, Exception) > isinstance(later, Exception) else (first, later)
+    winner.add_note("\n".join([f"besides {type(other).__name__}: {other}", *getattr(other, "__notes__", ())]))
+    return winner
 
 
 def _stopped(state: TrainState, kind: Any, reason: str) -> TrainState:
@@ -226,18 +231,37 @@ def _as_gated(single: Hook | Gated) -> Gated:
     return single if isinstance(single, Gated) else Gated(hook=single)
 
 
-def _phase(live: list[Gated], name: str) -> Phase:
-    found = [(gated, getattr(gated.hook, name)) for gated in live]
-    return [(gated, call, None if gated.is_open else gated.admits) for gated, call in found if call is not None]
+def _phase(live: list[Gated], name: str, ran: dict[int, int] | None = None) -> Phase:
+    """Callbacks of a phase with their gates; those of at_end hooks write down at which step they opened."""
+    phase: Phase = []
+    for gated in live:
+        callback = getattr(gated.hook, name)
+        gate = partial(_noting, gated, ran) if gated.at_end and ran is not None else gated.admits
+        if callback is not None:
+            phase.append((gated, callback, None if gated.is_open and not gated.at_end else gate))
+    return phase
+
+
+def _noting(gated: Gated, ran: dict[int, int], state: TrainState, number: int) -> bool:
+    admitted = gated.admits(state, number)
+    if admitted:
+        ran[id(gated)] = number
+    return admitted
 
 
 def _opened(gated: Gated, opened: list[AbstractContextManager[Any]]) -> Gated:
     """The live form of a hook that holds a resource; what has to be closed is put on the list."""
     if gated.hook.open is None:
         return gated
-    manager = gated.hook.open()
-    live = manager.__enter__()
-    opened.append(manager)
+    try:
+        manager = gated.hook.open()
+        live = manager.__enter__()
+        opened.append(manager)
+        if not isinstance(live, Hook):
+            raise TypeError(f"open() gave {type(live).__name__}, expected ft.hook(...)")
+    except BaseException as error:
+        error.add_note(f"while opening hook {gated.hook.name!r}")
+        raise
     callbacks = {name: getattr(live, name) for name in (*PHASES, "wrap_data")}
     return attrs.evolve(gated, hook=attrs.evolve(gated.hook, open=None, **callbacks))
 

@@ -1,7 +1,7 @@
 """Gates: combinators that take hooks and give hooks which run at some steps, or on one rank, only.
 
 They push inwards to the single hook and merge there, which is why the laws hold by `==`: every(a, every(b, h)) is
-every(lcm(a, b), h), gates commute, and they distribute over `compose`.
+every(lcm(a, b), h), different gates commute, and they distribute over `compose`.
 """
 
 import math
@@ -74,18 +74,18 @@ def on_main(hook: AnyHook) -> AnyHook:
     """Run a hook on rank 0 only; there it may change metrics, nothing else, so that ranks stay alike.
 
     Raises:
-      ValueError: the hook communicates between ranks: the others would never answer.
+      ValueError: the hook communicates between ranks (the others would never answer) or has memory.
     Example:
       >>> on_main(ft.hook(after_step=print))
       on_main(hook(after_step=print))
     """
-    return _gate(hook, lambda one: attrs.evolve(_alone(one, "on_main"), main=True))
+    return _gate(hook, lambda one: attrs.evolve(_stateless(_alone(one, "on_main")), main=True))
 
 
 def at_end(hook: AnyHook) -> AnyHook:
     """Also run a hook's after_step at the end of training, if the last step did not run it already.
 
-    Not when a step raised, and not when `fit` had no step to do.
+    It overrides every other gate, `when` too. Not when a step raised, and not when `fit` had no step to do.
 
     Example:
       >>> at_end(every(100, ft.hook(after_step=print)))
@@ -100,6 +100,12 @@ def _gate(hook: AnyHook, change: Callable[[Gated], Gated]) -> AnyHook:
         one = change(single if isinstance(single, Gated) else Gated(hook=single))
         gated.append(one if one != Gated(hook=one.hook) else one.hook)
     return compose(*gated)
+
+
+def _stateless(one: Gated) -> Gated:
+    if one.hook.init is not None:
+        raise ValueError(f"on_main: {one.hook!r} has memory, which is part of the state and must be alike on all ranks")
+    return one
 
 
 def _alone(one: Gated, gate: str) -> Gated:

@@ -42,7 +42,7 @@ def clip_by_norm_(grads: list[Tensor], norm: Tensor, max_norm: float) -> None:
     coefficient = max_norm / (norm + 1e-6)
     if coefficient.device.type == "cpu":
         factor = coefficient.item()
-        if factor < 1.0:
+        if not factor >= 1.0:  # nan too, as torch does
             torch._foreach_mul_(grads, factor)
     else:
         torch._foreach_mul_(grads, torch.clamp(coefficient, max=1.0))

@@ -10,6 +10,7 @@ from typing import Any
 
 import attrs
 
+from fntrain import tree
 from fntrain.state import TrainState
 from fntrain.tree import PyTree
 
@@ -225,4 +226,4 @@ class _Value:
 
     def __call__(self, state: TrainState) -> PyTree:
         del state
-        return self.value
+        return tree.clone(self.value)  # each run starts with a memory of its own

@@ -68,7 +68,7 @@ def objective(output: Any, batch: Batch, *, alone: bool, denominators: Mapping[s
     """
     if denominators is not None:
         terms = _over(_terms(output), denominators)
-        return Objective(terms, _sum(terms), 1.0, divide=False)
+        return Objective(terms, _sum(terms), 1.0 if alone else num_samples(batch), divide=False)
     if isinstance(output, Weighted):
         terms = _terms(output.loss_sum)
         return Objective(terms, _sum(terms), output.weight, divide=True)

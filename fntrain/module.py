@@ -1,8 +1,7 @@
 """Where a state meets a module: the tensors of a state are lent to the module's own slots and taken out again."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import attrs
@@ -57,8 +56,8 @@ def bound(model: nn.Module, state: TrainState) -> Iterator[nn.Module]:
     """Give the module with a state's tensors in its slots, and take them out again.
 
     In pure mode the module itself keeps its first weights, so code that evaluates must bind the state it is given.
-    Parameters are lent without a copy; buffers as copies, so a forward in training mode cannot write to the state.
-    Not for two threads on one module.
+    Copies are lent, so a forward that writes to buffers or weights cannot write to the state. Not for two threads on
+    one module.
 
     Raises:
       ValueError: names or shapes of the state are not the module's.
@@ -71,7 +70,7 @@ def bound(model: nn.Module, state: TrainState) -> Iterator[nn.Module]:
     """
     slots = Slots.of(model)
     slots.check(state)
-    lease = slots.lend(state.params, tree.clone(state.buffers))
+    lease = slots.lend(*tree.clone((state.params, state.buffers)))
     try:
         yield model
     finally:
@@ -100,16 +99,16 @@ def load_into(model: nn.Module, state: TrainState) -> None:
 
 @attrs.frozen(eq=False)
 class Slots:
-    """Where a module keeps its parameters and persistent buffers, found once.
+    """Where a module keeps its parameters and buffers, found once.
 
     Lending writes `param.data`, 0.15 us a tensor: parameter objects stay who they are, so tied weights, shared
-    sub-modules, LSTM weight lists and closures over parameters all see the lent tensor. Buffers that the forward
-    assigns anew (`self.mean = ...`) are found in their slot afterwards. Non-persistent buffers are the module's own
-    scratch memory, as for torch's state_dict: not lent, not saved.
+    sub-modules, LSTM weight lists and closures over parameters all see the lent tensor. Non-persistent buffers are
+    the module's scratch memory, as for torch's state_dict: copies are lent and thrown away.
     """
 
     params: dict[str, nn.Parameter]
-    places: tuple[tuple[str, dict[str, Tensor | None], str], ...]  # (buffer name, its owner's _buffers, key there)
+    buffer_names: frozenset[str]
+    places: tuple[tuple[str | None, dict[str, Tensor | None], str], ...]  # (name, owner's _buffers, key); None: scratch
 
     @classmethod
     def of(cls, model: nn.Module) -> "Slots":
@@ -117,28 +116,26 @@ class Slots:
         if not params:
             raise ValueError(f"model: {type(model).__name__} has no parameters, expected at least one")
         first_name: dict[int, str] = {}
-        places = []
+        places: list[tuple[str | None, dict[str, Tensor | None], str]] = []
         for prefix, module in model.named_modules():
             for key, buffer in module._buffers.items():
-                if buffer is not None and key not in module._non_persistent_buffers_set:
-                    name = first_name.setdefault(id(buffer), f"{prefix}.{key}" if prefix else key)
-                    places.append((name, module._buffers, key))
-        return cls(params, tuple(places))
-
-    @cached_property
-    def buffer_names(self) -> frozenset[str]:
-        """Names of the buffers; one in several places has its first place's."""
-        return frozenset(name for name, _, _ in self.places)
+                name = f"{prefix}.{key}" if prefix else key
+                if buffer is not None:
+                    name = first_name.setdefault(id(buffer), name)
+                scratch = key in module._non_persistent_buffers_set
+                places.append((None if scratch else name, module._buffers, key))
+        return cls(
+            params, frozenset(name for name, owner, key in places if name and owner[key] is not None), tuple(places)
+        )
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """The module's buffers as they are now, by name; a buffer in several places once."""
+        """The module's persistent buffers as they are now, by name; one in several places once."""
         found: dict[str, Tensor] = {}
         for name, owner, key in self.places:
             buffer = owner[key]
-            if buffer is None:
-                raise ValueError(f"model: buffer {name!r} has become None, expected a tensor")
-            found.setdefault(name, buffer)
+            if name is not None and buffer is not None:
+                found.setdefault(name, buffer)
         return found
 
     def check(self, state: TrainState) -> None:
@@ -146,16 +143,22 @@ class Slots:
         _check_like("params", self.params, state.params)
         _check_like("buffers", self.buffers, state.buffers)
 
-    def lend(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> "Lease":
-        """Put tensors into the slots, gradients set to None; returns what `take_back` needs."""
-        lease = Lease([(p, p.data, p.grad) for p in self.params.values()], self.buffers, {})
+    def lend(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], frozen: Iterable[str] = ()) -> "Lease":
+        """Put tensors into the slots, gradients set to None, `frozen` ones asking for none; `take_back` undoes it."""
+        lease = Lease([(param, param.data, param.grad) for param in self.params.values()], [], [])
         try:
             for name, param in self.params.items():
                 param.data = params[name]
                 param.grad = None
-            for name, buffer in lease.buffers.items():
-                lease.data[name] = buffer.data
-                buffer.data = buffers[name]
+            for name in frozen:
+                if self.params[name].requires_grad:
+                    lease.frozen.append(self.params[name])
+                    self.params[name].requires_grad_(False)
+            for place, owner, key in self.places:
+                buffer = owner[key]
+                lease.buffers.append((owner, key, buffer, None if buffer is None else buffer.data))
+                if buffer is not None:
+                    buffer.data = buffers[place] if place is not None else buffer.data.clone()
         except BaseException:
             self.take_back(lease)
             raise
@@ -166,20 +169,32 @@ class Slots:
         for param, data, grad in lease.params:
             param.data = data
             param.grad = grad
-        for name, buffer in lease.buffers.items():
-            if name in lease.data:
-                buffer.data = lease.data[name]
-        for name, owner, key in self.places:
-            owner[key] = lease.buffers[name]
+        for param in lease.frozen:
+            param.requires_grad_(True)
+        for owner, key, buffer, home in reversed(lease.buffers):  # a shared one ends with what it held first
+            owner[key] = buffer
+            if buffer is not None and home is not None:
+                buffer.data = home
 
-    def written_buffers(self, lease: "Lease", lent: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the buffers after a forward: the lent tensors, or what the forward assigned in their place."""
-        after = dict(lent)
-        for name, owner, key in self.places:
+    def written(
+        self, lease: "Lease", params: dict[str, Tensor], buffers: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return what the slots hold after a step: the lent tensors, or what was assigned in their place."""
+        for name, param in self.params.items():
+            if param.data_ptr() != params[name].data_ptr():
+                params[name] = param.detach().clone()
+        for (place, owner, key), (_, _, buffer, _) in zip(self.places, lease.buffers, strict=True):
             value = owner[key]
-            if value is not None and value is not lease.buffers[name]:
-                after[name] = value.detach().clone()
-        return after
+            if place is None or (value is None and buffer is None):
+                continue
+            if value is None or buffer is None:
+                raise ValueError(
+                    f"model: buffer {place!r} went from {_kind(buffer)} to {_kind(value)} in a step; register it as a "
+                    "tensor from the start, or with persistent=False if it is scratch memory"
+                )
+            if value is not buffer or value.data_ptr() != buffers[place].data_ptr():
+                buffers[place] = value.detach().clone()
+        return params, buffers
 
 
 @attrs.frozen(eq=False)
@@ -187,8 +202,12 @@ class Lease:
     """What a module held before its slots were lent."""
 
     params: list[tuple[nn.Parameter, Tensor, Tensor | None]]
-    buffers: dict[str, Tensor]
-    data: dict[str, Tensor]
+    frozen: list[nn.Parameter]
+    buffers: list[tuple[dict[str, Tensor | None], str, Tensor | None, Tensor | None]]
+
+
+def _kind(value: Tensor | None) -> str:
+    return "None" if value is None else "a tensor"
 
 
 def _check_like(kind: str, here: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> None:

@@ -193,6 +193,9 @@ def optimizer(
     for index, one in enumerate(groups or ()):
         if not isinstance(one, Group):
             raise TypeError(f"groups[{index}]: got {type(one).__name__}, expected ft.group(...)")
+        accepted = inspect.signature(cls).parameters
+        if unknown := sorted(one.options.keys() - accepted.keys() - {"lr"}):
+            raise ValueError(f"groups[{index}]: {cls.__name__} has no option {unknown}; it has {sorted(accepted)}")
     return Optimizer(cls, lr, tuple(groups or ()), options)
 
 
@@ -223,21 +226,31 @@ class BoundOptimizer:
             mine = {**group_, "params": [leaves[name] for name in names]}
             for key, fn in hyper.items():
                 mine[key] = fn(step)
+            mine |= {
+                key: value.clone() for key, value in mine.items() if isinstance(value, Tensor)
+            }  # not the template's
+            memory = _group_memory(opt_state, names)
+            mine |= memory
             for name in names:
-                if name in opt_state:
-                    lent.state[leaves[name]] = opt_state[name]
-            for key, value in opt_state.get(names[0], {}).items():
-                if key.startswith(_GROUP_PREFIX):
-                    mine[key.removeprefix(_GROUP_PREFIX)] = value
+                if own := opt_state.get(name):
+                    lent.state[leaves[name]] = own
+            if memory:  # the class asks whether a parameter's state is empty
+                own = {key: v for key, v in opt_state[names[0]].items() if not key.startswith(_GROUP_PREFIX)}
+                lent.state[leaves[names[0]]] = own
             lent.param_groups.append(mine)
         before = [dict(one) for one in lent.param_groups]
+        versions = [{k: v._version for k, v in one.items() if isinstance(v, Tensor)} for one in before]
         for name, leaf in leaves.items():
             if leaf.grad is not None and name not in opt_state:
                 check_dense(name, leaf.grad)
+        attributes = None if opt_state else _marks(lent)  # a first update shows where the class keeps its memory
         _unwrapped_step(type(lent))(lent)
-        if not opt_state:  # a first update shows where the class keeps what it remembers
-            self._check_attributes(lent)
-        return self._collect(leaves, opt_state, lent, before)
+        if attributes is not None and (changed := sorted(dict(_marks(lent) ^ attributes))):
+            raise TypeError(
+                f"{type(lent).__name__}: its step changes the attribute {changed[0]!r}, outside of `state` and "
+                "`param_groups`; it can't be used as a pure function"
+            )
+        return self._collect(leaves, opt_state, lent, before, versions)
 
     def _collect(
         self,
@@ -245,29 +258,40 @@ class BoundOptimizer:
         opt_state: Mapping[str, dict[str, PyTree]],
         lent: torch.optim.Optimizer,
         before: list[dict[str, Any]],
+        versions: list[dict[str, int]],
     ) -> dict[str, Mapping[str, PyTree]]:
-        after: dict[str, Mapping[str, PyTree]] = {}
-        for names, group_, old in zip(self.names, lent.param_groups, before, strict=True):
+        after: dict[str, Mapping[str, PyTree]] = {n: opt_state[n] for n in self.frozen if n in opt_state}
+        for names, group_, old, version in zip(self.names, lent.param_groups, before, versions, strict=True):
             for name in names:
                 if own := lent.state.get(leaves[name]):
                     after[name] = own
-            kept = {key: v for key, v in opt_state.get(names[0], {}).items() if key.startswith(_GROUP_PREFIX)}
-            changed = {key for key, value in group_.items() if key != "params" and value is not old.get(key)}
-            for key in changed:
-                kept[_GROUP_PREFIX + key] = group_[key]
-            if kept:
-                after[names[0]] = {**after.get(names[0], {}), **kept}
+            memory = _group_memory(opt_state, names)
+            for key, value in group_.items():
+                written = key in version and value._version != version[key]
+                if key != "params" and (written or value is not old.get(key)):
+                    memory[key] = value
+            if memory:
+                after[names[0]] = {**after.get(names[0], {}), **{_GROUP_PREFIX + k: v for k, v in memory.items()}}
         return after
 
-    def _check_attributes(self, lent: torch.optim.Optimizer) -> None:
-        for key, value in lent.__dict__.items():
-            if key in ("state", "param_groups") or isinstance(value, bool):
-                continue
-            if isinstance(value, int | float | Tensor) and value is not self.template.__dict__.get(key):
-                raise TypeError(
-                    f"{type(lent).__name__}: its step changes the attribute {key!r}, outside of `state` and "
-                    "`param_groups`; it can't be used as a pure function"
-                )
+
+def _marks(instance: torch.optim.Optimizer) -> set[tuple[str, int]]:
+    """What tells whether a step changed the optimizer's own attributes: identity of numbers, size of containers."""
+    marks = set()
+    for key, value in instance.__dict__.items():
+        if key in ("state", "param_groups") or isinstance(value, bool):
+            continue
+        if isinstance(value, list | dict | set):
+            marks.add((key, len(value)))
+        elif isinstance(value, int | float | Tensor):
+            marks.add((key, id(value)))
+    return marks
+
+
+def _group_memory(opt_state: Mapping[str, Mapping[str, PyTree]], names: Sequence[str]) -> dict[str, PyTree]:
+    """What an optimizer keeps in a group, stored with the group's first parameter."""
+    entries = opt_state.get(names[0], {})
+    return {k.removeprefix(_GROUP_PREFIX): v for k, v in entries.items() if k.startswith(_GROUP_PREFIX)}
 
 
 def _unwrapped_step(cls: type[torch.optim.Optimizer]) -> Callable[[torch.optim.Optimizer], Any]:

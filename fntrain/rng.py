@@ -1,5 +1,7 @@
 """Randomness as data: every draw is a function of a few integers, never of what a global generator held before."""
 
+import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,10 +36,10 @@ def fold_in(seed: int, *data: int) -> int:
 
 
 def seed_generators(seed: int, *data: int) -> None:
-    """Seed torch's default generators, CPU and every initialised GPU, from (seed, *data).
+    """Seed the default generators of torch (CPU and every initialised GPU), Python and NumPy from (seed, *data).
 
     The effect of a step on the outside world: what it draws depends on (seed, step, rank) only, and what the
-    generators held before is overwritten. `Generator.manual_seed` costs 1 to 2 us, `torch.manual_seed` 400.
+    generators held before is overwritten. Costs 7 us; `torch.manual_seed` alone costs 400 where CUDA is there.
 
     Args:
       seed: any integer.
@@ -48,15 +50,16 @@ def seed_generators(seed: int, *data: int) -> None:
       True
     """
     value = fold_in(seed, *data)
-    torch.default_generator.manual_seed(value)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        for generator in torch.cuda.default_generators:
-            generator.manual_seed(value)
+    for generator in _torch_generators():
+        generator.manual_seed(value)
+    random.seed(value)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(value & 0xFFFFFFFF)
 
 
 @contextmanager
 def preserved_generators() -> Iterator[None]:
-    """Put torch's default generators back as they were when the block ends.
+    """Put the default generators of torch, Python and NumPy back as they were when the block ends.
 
     Example:
       >>> before = torch.get_rng_state()
@@ -65,12 +68,20 @@ def preserved_generators() -> Iterator[None]:
       >>> bool((before == torch.get_rng_state()).all())
       True
     """
-    generators = [torch.default_generator]
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        generators += torch.cuda.default_generators
-    states = [generator.get_state() for generator in generators]
+    numpy = sys.modules.get("numpy")
+    states = [(generator, generator.get_state()) for generator in _torch_generators()]
+    python, array = random.getstate(), numpy.random.get_state() if numpy else None
     try:
         yield
     finally:
-        for generator, state in zip(generators, states, strict=True):
+        for generator, state in states:
             generator.set_state(state)
+        random.setstate(python)
+        if numpy:
+            numpy.random.set_state(array)
+
+
+def _torch_generators() -> list[torch.Generator]:
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return [torch.default_generator, *torch.cuda.default_generators]
+    return [torch.default_generator]

@@ -32,8 +32,12 @@ class Schedule:
     def __mul__(self, factor: "float | Schedule") -> "Schedule":
         return Schedule(_product, (("left", self), ("right", factor)))
 
+    __rmul__ = __mul__
+
     def __repr__(self) -> str:
         args = dict(self.args)
+        if self.fn is _join:
+            return f"join({', '.join(map(repr, (*args['firsts'], args['last'])))})"
         if self.fn is _product:
             return f"{args['left']!r} * {args['right']!r}"
         if self.fn is _table:

@@ -30,7 +30,7 @@ class Batches:
         self.data = data
         self.wraps = wraps
         self.given = 0
-        self.position: int | None = None
+        self.position = -1  # of the next batch; -1: not opened
         self.source: Iterator[Any] | None = None
         self.batches: Iterator[Any] = iter(())
 
@@ -66,7 +66,7 @@ class Batches:
                         "itertools.islice(data, state.position, None)"
                     )
                 self.source = source
-            elif self.position is not None:
+            elif self.position != -1:
                 raise ValueError(
                     f"data: a hook moved the position from {self.position} to {state.position}, and an iterator can't "
                     "go back; use ft.data.stream(...), or keep the position when rolling back"

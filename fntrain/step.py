@@ -5,7 +5,7 @@ update. The pure step is that body on fresh copies of the state's leaves, lent t
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from operator import add
@@ -47,7 +47,7 @@ class SupervisedStep:
     on_nonfinite: str
     transform_grads: TransformGrads | None
     weights: WeightsFn | None
-    split: Callable[[Batch, int], list[Batch]] | None
+    split: Callable[[Batch, int], Iterable[Batch]] | None
     rank: int = 0
     slots: Slots = attrs.field(init=False, repr=False)
     bound: BoundOptimizer = attrs.field(init=False, repr=False)
@@ -56,62 +56,61 @@ class SupervisedStep:
         object.__setattr__(self, "slots", Slots.of(self.model))
         detached = {name: param.detach() for name, param in self.slots.params.items()}
         object.__setattr__(self, "bound", self.optimizer.bind(detached))
+        self.bound.template.state.clear()  # what Adagrad and others make at once is of use to init only
 
     def __call__(self, state: TrainState, batch: Batch) -> TrainState:
-        params, buffers = self._fresh(state)
-        frozen = [self.slots.params[name] for name in self.bound.frozen]
-        thawed = [param for param in frozen if param.requires_grad]
-        lease = self.slots.lend(params, buffers)
-        for param in thawed:
-            param.requires_grad_(False)
-        try:
-            return self._body(state, batch, params, lambda: self.slots.written_buffers(lease, buffers))
-        finally:
-            for param in thawed:
-                param.requires_grad_(True)
-            self.slots.take_back(lease)
-
-    def _fresh(self, state: TrainState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Copies of parameters and buffers, which the module writes to and the next state keeps."""
         if state.params.keys() != self.slots.params.keys() or state.buffers.keys() != self.slots.buffer_names:
             self.slots.check(state)
         params, buffers = tree.clone((state.params, state.buffers))
-        return params, buffers
+        lease = self.slots.lend(params, buffers, self.bound.frozen)
+        try:
+            return self._body(state, batch, lambda: self.slots.written(lease, params, buffers))
+        finally:
+            self.slots.take_back(lease)
 
     def _body(
-        self,
-        state: TrainState,
-        batch: Batch,
-        params: dict[str, Tensor],
-        written_buffers: Callable[[], dict[str, Tensor]],
+        self, state: TrainState, batch: Batch, written: Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]]
     ) -> TrainState:
+        """The step on whatever memory the slots hold; `written` gives what is in them afterwards."""
         seed_generators(state.seed, state.step, self.rank)
         parts = self._backward(batch)
         leaves = self._reduced_leaves(parts)
         metrics = _report(parts)
-        norm = self._norm(leaves)
-        healthy = self._healthy(metrics["loss"], norm, parts)
         metrics[LR] = self.optimizer.lr(state.step) if callable(self.optimizer.lr) else self.optimizer.lr
+        norm = self._norm(leaves)
         if norm is not None:
             metrics["grad_norm"] = norm
-        if isinstance(healthy, Tensor) and _must_decide_now(state):
-            healthy = bool(healthy)
-        if self.on_nonfinite != "allow":
-            metrics[SKIPPED] = (~healthy).float() if isinstance(healthy, Tensor) else float(not healthy)
+        healthy = self._healthy(state, metrics["loss"], norm, parts)
         if healthy is False:
-            self._refuse(state, metrics["loss"])
-            return state.advance(metrics=metrics)
+            return state.advance(metrics={**metrics, SKIPPED: 1.0})
         self._clip(leaves, norm)
         opt_state = self.bound.apply_(self.slots.params, tree.clone(state.opt_state), state.step)
-        new: dict[str, Any] = {"params": params, "buffers": written_buffers(), "opt_state": opt_state}
+        params, buffers = written()
         if isinstance(healthy, Tensor):
-            new = {name: _select(healthy, value, getattr(state, name)) for name, value in new.items()}
-        return state.advance(**{name: MappingProxyType(value) for name, value in new.items()}, metrics=metrics)
+            # On a GPU nobody waits for the decision: both outcomes are there, and the device chooses.
+            old = {"params": state.params, "buffers": state.buffers, "opt_state": state.opt_state}
+            new = {"params": params, "buffers": buffers, "opt_state": opt_state}
+            if not _alike(new, old, healthy.device):
+                # The update created state, or keeps some elsewhere (step counters on the host): this one waits.
+                if not bool(healthy):
+                    return state.advance(metrics={**metrics, SKIPPED: 1.0})
+            else:
+                params, buffers, opt_state = _choose(healthy, new, old).values()
+        if self.on_nonfinite != "allow":
+            metrics[SKIPPED] = (~healthy).float() if isinstance(healthy, Tensor) else 0.0
+        return state.advance(
+            params=MappingProxyType(params),
+            buffers=MappingProxyType(buffers),
+            opt_state=MappingProxyType(opt_state),
+            metrics=metrics,
+        )
 
     def _backward(self, batch: Batch) -> list[tuple[Objective, Collector]]:
         """Run forward and backward of every micro-batch, gradients adding up in `.grad`."""
         denominators = None if self.weights is None else self.weights(batch)
-        micro_batches = [batch] if self.accumulate == 1 else (self.split or split_batch)(batch, self.accumulate)
+        micro_batches = [batch] if self.accumulate == 1 else list((self.split or split_batch)(batch, self.accumulate))
+        if not micro_batches:
+            raise ValueError("split: returned no micro-batch, expected at least one")
         parts = []
         for micro_batch in micro_batches:
             # Autocast is entered per micro-batch: its cache of cast weights must not outlive an update.
@@ -135,7 +134,7 @@ class SupervisedStep:
             return leaves
         before = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
         after = self.transform_grads(MappingProxyType(before))
-        if not isinstance(after, Mapping) or (after.keys() - before.keys()):
+        if not isinstance(after, Mapping) or (after.keys() - before.keys()) or None in after.values():
             raise ValueError(f"transform_grads: got {after!r:.80}, expected a mapping of some of {sorted(before)}")
         for name, leaf in leaves.items():
             if name not in after or after[name] is not before[name]:
@@ -147,26 +146,26 @@ class SupervisedStep:
         wanted = self.clip_grad_norm is not None or self.on_nonfinite != "allow"
         return grads.global_norm(_grads(leaves)) if wanted and leaves else None
 
-    def _healthy(self, loss: Tensor, norm: Tensor | None, parts: list[tuple[Objective, Collector]]) -> bool | Tensor:
+    def _healthy(
+        self, state: TrainState, loss: Tensor, norm: Tensor | None, parts: list[tuple[Objective, Collector]]
+    ) -> bool | Tensor:
         """Whether to update: loss and gradients finite, weight not 0; a tensor where the host would have to wait."""
+        stalls = _stalls(loss) and self.on_nonfinite != "raise"
         weighs = (_total_weight(parts) if parts[0][0].divide else 1) != 0
-        if isinstance(weighs, Tensor) and loss.device.type == "cpu":
+        if isinstance(weighs, Tensor) and not stalls:
             weighs = bool(weighs)
         if self.on_nonfinite == "allow" or norm is None:
             return weighs
-        if loss.device.type == "cpu":
-            return weighs and math.isfinite(norm.item()) and math.isfinite(loss.item())
-        return torch.isfinite(norm) & torch.isfinite(loss) & weighs
-
-    def _refuse(self, state: TrainState, loss: Tensor) -> None:
-        if self.on_nonfinite != "raise":
-            return
-        bad = [n for n, p in self.slots.params.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
-        if bad or not bool(loss.isfinite()):
+        if stalls:
+            return torch.isfinite(norm) & torch.isfinite(loss) & weighs
+        healthy = bool(weighs) and math.isfinite(norm.item()) and math.isfinite(loss.item())
+        if self.on_nonfinite == "raise" and weighs and not healthy:
+            bad = [n for n, p in self.slots.params.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
             raise NonFiniteError(
                 f"step {state.step + 1}: loss is {loss.item()}, gradients are not finite in {bad or 'no parameter'}; "
                 "the state before this step is unchanged"
             )
+        return healthy
 
     def _clip(self, leaves: dict[str, Tensor], norm: Tensor | None) -> None:
         if self.clip_grad_norm is not None and norm is not None:
@@ -193,7 +192,7 @@ def supervised_step(
     on_nonfinite: Literal["skip", "raise", "allow"] = "skip",
     transform_grads: TransformGrads | None = None,
     weights: WeightsFn | None = None,
-    split: Callable[[Batch, int], list[Batch]] | None = None,
+    split: Callable[[Batch, int], Iterable[Batch]] | None = None,
 ) -> SupervisedStep:
     """Make a pure step function from a model, a loss and an optimizer.
 
@@ -271,21 +270,36 @@ def _total_weight(parts: list[tuple[Objective, Collector]]) -> Any:
 def _report(parts: list[tuple[Objective, Collector]]) -> dict[str, Any]:
     """Metrics of a step: what was reported inside, then the losses, divided like the gradients."""
     metrics = events.merge([(collector, part.weight) for part, collector in parts])
-    if not _RESERVED.isdisjoint(metrics):
-        raise ValueError(f"put_scalar: {sorted(_RESERVED & metrics.keys())} are reported by the step itself; rename")
+    terms = parts[0][0].terms
+    if metrics or len(terms) > 1:
+        taken = (_RESERVED | terms.keys()) & metrics.keys() | (_RESERVED - {"loss"}) & terms.keys()
+        if taken:
+            raise ValueError(
+                f"metrics: {sorted(taken)} are reported by the step or the loss; rename put_scalar or term"
+            )
     divisor = _total_weight(parts) if parts[0][0].divide else None
-    terms = {"loss": [part.total for part, _ in parts]} | {n: [p.terms[n] for p, _ in parts] for n in parts[0][0].terms}
-    sums = {name: _sum(values) for name, values in terms.items()}
+    values = {"loss": [part.total for part, _ in parts]} | {n: [p.terms[n] for p, _ in parts] for n in terms}
+    sums = {name: _sum(several) for name, several in values.items()}
     return {**metrics, **(sums if divisor is None else {name: value / divisor for name, value in sums.items()})}
 
 
-def _must_decide_now(state: TrainState) -> bool:
-    """Whether a GPU has to be waited for: the update creates the optimizer's state, or changes Python counters."""
-    return not state.opt_state or any(not isinstance(leaf, Tensor) for _, leaf in tree.named_leaves(state.opt_state))
+def _stalls(tensor: Tensor) -> bool:
+    """Whether reading a tensor's value makes the host wait for a device."""
+    return tensor.device.type != "cpu"
 
 
-def _select(healthy: Tensor, new: Any, old: Any) -> Any:
-    """Choose every tensor on the device, without waiting for the decision."""
+def _alike(new: Any, old: Any, device: torch.device) -> bool:
+    """Whether two trees have the same structure, all tensors, all on the device that chooses."""
     if isinstance(new, Tensor):
-        return torch.where(healthy.to(new.device), new, old)
-    return {key: _select(healthy, value, old[key]) if key in old else value for key, value in new.items()}
+        return isinstance(old, Tensor) and new.device == device
+    if isinstance(new, Mapping):
+        return (
+            isinstance(old, Mapping) and new.keys() == old.keys() and all(_alike(new[k], old[k], device) for k in new)
+        )
+    return False
+
+
+def _choose(healthy: Tensor, new: Any, old: Any) -> Any:
+    if isinstance(new, Tensor):
+        return torch.where(healthy, new, old)
+    return {key: _choose(healthy, value, old[key]) for key, value in new.items()}

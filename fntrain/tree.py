@@ -15,6 +15,7 @@ from torch import Tensor
 
 PyTree = Any
 Leaf = Tensor | int | float | bool | str | None
+_LEAVES = (int, float, bool, str, type(None))
 
 
 def named_leaves(tree: PyTree, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
@@ -170,7 +171,7 @@ def _walk(tree: PyTree, path: str, *, ordered: bool) -> Iterator[tuple[str, Any]
         yield path, _Opened(f"{type(tree).__name__}{len(tree)}")
         for index, value in enumerate(tree):
             yield from _walk(value, f"{path}.{index}" if path else str(index), ordered=ordered)
-    elif tree is None or isinstance(tree, Tensor | int | float | str):
+    elif isinstance(tree, Tensor) or type(tree) in _LEAVES:  # no subclasses: np.float64 would come back as a float
         yield path, tree
     else:
         raise TypeError(

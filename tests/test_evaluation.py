@@ -98,3 +98,51 @@ def test_misuse_names_what_was_wrong(call, kind, message):
     """Data that can't be read twice, or is empty, is an error that says so."""
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_a_forward_that_writes_to_weights_does_not_write_to_the_state():
+    """An embedding with max_norm renormalises its weight in the forward; modules may override train()."""
+
+    class Merging(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(4, 6, max_norm=0.5)
+
+        def train(self, mode=True):
+            self.embed.weight.data.mul_(2)
+            return super().train(mode)
+
+        def forward(self, index):
+            return self.embed(index)
+
+    model = Merging()
+    state = ft.init_state(model, SGD)
+    bits = ft.digest(state)
+    ft.evaluation(model, lambda m, b: {"x": m(b).mean()}, torch.arange(4))(state)
+    assert ft.digest(state) == bits
+
+
+def test_sums_of_low_precision_results_are_exact():
+    """Thousands of bfloat16 sums add up in float64."""
+    evaluation = ft.evaluation(
+        make("mlp"), lambda m, b: {"x": ft.weighted(torch.tensor(125.0).bfloat16(), 1000)}, range(3000), batch_size=1
+    )
+    assert evaluation(ft.init_state(make("mlp"), SGD)) == {"x": 0.125}
+
+
+def test_results_that_are_no_numbers_are_named():
+    """A vector or a dict in ft.weighted says which metric it was."""
+    for value in (torch.ones(2), ft.weighted({"a": torch.ones(())}, 1)):
+        with pytest.raises(ValueError, match="evaluation: 'x' is .* expected a number"):
+            ft.evaluation(make("mlp"), lambda m, b, value=value: {"x": value}, range(2))(
+                ft.init_state(make("mlp"), SGD)
+            )
+
+
+def test_evaluations_draw_the_same_every_time():
+    """What an evaluation draws depends on (seed, step), not on what was drawn before."""
+    evaluation = ft.evaluation(make("mlp"), lambda m, b: {"x": torch.rand(())}, range(2))
+    state = ft.init_state(make("mlp"), SGD)
+    first = evaluation(state)
+    torch.rand(5)
+    assert evaluation(state) == first != evaluation(state.replace(step=1))

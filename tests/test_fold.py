@@ -373,3 +373,67 @@ def test_the_last_checkpoint_has_what_the_last_evaluation_left(tmp_path):
     final = fit(hooks, max_steps=5)
     assert final.hooks == {"best": 5}
     assert ft.load(ft.latest(tmp_path)) == final
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_ctrl_c_while_closing_closes_the_rest(error):
+    """An interrupt in after_train or in a resource's closing is raised after all others have closed."""
+    log, files, data = [], Files(), Numbers()
+
+    def interrupt(state):
+        raise error("now")
+
+    with pytest.raises(error, match="now"):
+        fit([ft.hook(after_train=interrupt), recorder(log, "later"), files.hook("a")], data=data)
+    assert log[-1] == ("after_train", "later", 3)
+    assert files.log[-1] == "close a"
+    assert data.log[-1] == ("close", 0)
+
+
+def test_a_predicate_that_fails_is_named_and_others_close():
+    """An error of when() says whose gate it was, and after_train of the others runs."""
+    log = []
+    gated = ft.when(lambda state: 1 / 0, ft.hook(after_step=count, name="gated"))
+    with pytest.raises(ZeroDivisionError) as caught:
+        fit([gated, recorder(log, "other")])
+    assert any("of hook 'gated', at step 1" in note for note in caught.value.__notes__)
+    assert log[-1][0] == "after_train"
+
+
+def test_at_end_runs_once_whatever_the_state_says_later():
+    """A gate that closed after its hook ran is not asked again at the end."""
+    ran = []
+    first = ft.at_end(ft.when(lambda s: "x" not in s.extra, ft.hook(after_step=lambda s: ran.append(s.step))))
+    then = ft.hook(after_step=lambda s: s.replace(extra={"x": 1}))
+    fit([first, then], max_steps=1)
+    assert ran == [1]
+    fit([ft.at_end(ft.when(lambda s: False, ft.hook(after_step=lambda s: ran.append(s.step))))], max_steps=4)
+    assert ran == [1, 4]
+
+
+def test_before_step_may_not_move_the_position():
+    """The batch of the old position is there already: training on it would be silently wrong."""
+    move = ft.hook(before_step=lambda s: s.replace(position=100) if s.step == 2 else None)
+    with pytest.raises(ValueError, match="before_step moved the position"):
+        fit([move], max_steps=5)
+
+
+def test_a_step_can_not_change_the_run_record():
+    """What a step puts into run is not taken over."""
+    final = fit(step_fn=lambda s, b: s.advance(run=ft.Run(max_steps=1, stop=ft.Stop("requested", "mine"))), max_steps=3)
+    assert final.step == 3 and final.run.max_steps == 3
+
+
+def test_memory_given_as_a_value_is_new_in_every_run():
+    """An initial tensor written to by one run is not what the next one starts with."""
+    hook = ft.stateful("n", torch.zeros(()), after_step=lambda s: s.hooks["n"].add_(1) and None)
+    assert fit([hook]).hooks["n"] == fit([hook]).hooks["n"] == 3
+
+
+def test_a_resource_that_opens_nothing_is_named():
+    """open() must give a hook; the error says whose."""
+    from contextlib import nullcontext
+
+    with pytest.raises(TypeError, match=r"open\(\) gave NoneType") as caught:
+        fit([ft.resource(nullcontext, name="empty")])
+    assert "while opening hook 'empty'" in caught.value.__notes__

@@ -251,3 +251,66 @@ def test_misuse_names_what_was_wrong(make, error, message):
     """Every wrong argument is an error that says which, what was given and what to do."""
     with pytest.raises(error, match=message):
         make()
+
+
+class RemembersInPlace(torch.optim.Optimizer):
+    """One that creates per-parameter state where it is empty, and writes in place to a tensor of its group."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr, "k": torch.zeros(())})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"].add_(1)
+            for param in group["params"]:
+                if param.grad is not None:
+                    if len(self.state[param]) == 0:
+                        self.state[param]["m"] = torch.zeros_like(param)
+                    self.state[param]["m"].add_(param.grad)
+                    param.data.sub_(self.state[param]["m"], alpha=group["lr"])
+
+
+class KeepsAList(torch.optim.Optimizer):
+    """One whose memory is a list on itself."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+        self.history = []
+
+    def step(self, closure=None):
+        self.history.append(1)
+
+
+def test_group_memory_does_not_pass_for_a_parameters_own():
+    """A first parameter without a gradient keeps an empty state of its own; tensors of groups are saved, not shared."""
+    optimizer = ft.optimizer(RemembersInPlace, lr=0.1)
+    params, opt_state = {"a": torch.zeros(1), "b": torch.zeros(1)}, {}
+    bits = []
+    for step, grads in enumerate([{"b": torch.ones(1)}, {"a": torch.ones(1), "b": torch.ones(1)}]):
+        again = optimizer.update(params, grads, opt_state, step=step)
+        params, opt_state = optimizer.update(params, grads, opt_state, step=step)
+        bits.append(same(again[1], opt_state))
+    assert bits == [True, True]
+    assert opt_state["a"]["group.k"] == 2 and sorted(opt_state["a"]) == ["group.k", "m"]
+
+
+def test_a_list_on_the_optimizer_is_found_out():
+    """Memory outside of state and groups can't be carried: an error, whatever it is kept in."""
+    with pytest.raises(TypeError, match="attribute 'history'"):
+        ft.optimizer(KeepsAList, lr=0.1).update({"w": torch.ones(1)}, {"w": torch.ones(1)}, {}, step=0)
+
+
+def test_freezing_keeps_the_optimizers_state_for_later():
+    """A group frozen in a later run keeps what was remembered of it."""
+    params = tensors(0, ["w", "b"])
+    free = ft.optimizer(torch.optim.Adam, lr=0.1)
+    _, opt_state = free.update(params, tensors(1, params), {}, step=0)
+    frozen = ft.optimizer(torch.optim.Adam, lr=0.1, groups=[ft.group("b", frozen=True)])
+    _, after = frozen.update(params, tensors(2, params), opt_state, step=1)
+    assert same(after["b"], opt_state["b"])
+
+
+def test_an_unknown_option_of_a_group_is_refused():
+    """A misspelt option would be ignored by torch: it is an error that lists what there is."""
+    with pytest.raises(ValueError, match=r"groups\[0\]: AdamW has no option \['weight_decai'\]"):
+        ft.optimizer(torch.optim.AdamW, lr=0.1, groups=[ft.group("*", weight_decai=0.0)])

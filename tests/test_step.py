@@ -206,12 +206,8 @@ def poison(kind):
 @pytest.mark.parametrize("bad_step", [0, 2])
 def test_a_bad_step_changes_nothing_but_the_counters(kind, bad_step, device_decides, monkeypatch):
     """Parameters, buffers and optimizer state keep their bits; the next good step goes on from them."""
-    if device_decides:  # the branch of a GPU, taken on the CPU: choose every tensor without a host decision
-        monkeypatch.setattr(
-            step_module.SupervisedStep,
-            "_healthy",
-            lambda self, loss, norm, parts: torch.isfinite(norm) & torch.isfinite(loss),
-        )
+    if device_decides:  # the branch of a GPU, taken on the CPU: every tensor is chosen without a host decision
+        monkeypatch.setattr(step_module, "_stalls", lambda tensor: True)
     model = make("batchnorm")
     data = batches("batchnorm", 4)
     data[bad_step] = data[bad_step].clone()
@@ -376,7 +372,7 @@ def step_of(loss_fn, **kwargs):
         (lambda: step_of(lambda m, b: {}), ValueError, "empty dict"),
         (lambda: step_of(lambda m, b: {"loss": m(b).mean(), "x": m(b).mean()}), ValueError, "would hide their sum"),
         (lambda: step_of(lambda m, b: {"a": ft.weighted(m(b).sum(), 3)}), TypeError, "pass weights=fn"),
-        (lambda: step_of(lambda m, b: (ft.put_scalar("lr", 1.0), m(b).mean())[1]), ValueError, r"\['lr'\] are reported by the step"),
+        (lambda: step_of(lambda m, b: (ft.put_scalar("lr", 1.0), m(b).mean())[1]), ValueError, r"\['lr'\] are reported by the step or the loss"),
         (lambda: step_of(lambda m, b: b.requires_grad_().mean()), ValueError, "no parameter got a gradient"),
         (lambda: step_of(square_loss, accumulate=True), ValueError, "accumulate: got True"),
         (lambda: step_of(square_loss, clip_grad_norm=0.0), ValueError, "clip_grad_norm: got 0.0"),
@@ -415,3 +411,170 @@ def test_batches_split_by_samples_whatever_their_containers():
     assert all(part["scale"] == 2.0 for part in parts)
     samples = [{"boxes": torch.ones(i, 4)} for i in range(1, 4)]
     assert [len(part) for part in ft.split_batch(samples, 2)] == [2, 1]
+
+
+def test_what_a_forward_or_an_optimizer_assigns_to_data_is_kept():
+    """`p.data = ...` and `buffer.data = ...` replace the lent tensor; the new values are in the next state."""
+
+    class Assigning(torch.optim.Optimizer):
+        def __init__(self, params, lr=0.1):
+            super().__init__(params, {"lr": lr})
+
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for param in group["params"]:
+                    param.data = param.data - group["lr"] * param.grad
+
+    model = make("batchnorm")
+
+    def loss_fn(model, batch):
+        model[1].running_mean.data = model[1].running_mean + 1
+        return square_loss(model, batch)
+
+    optimizer, batch = ft.optimizer(Assigning, lr=0.1), batches("batchnorm", 1)[0]
+    plain = ft.optimizer(torch.optim.SGD, lr=0.1)
+    state = ft.init_state(model, optimizer)
+    new = assert_pure(ft.supervised_step(model, loss_fn, optimizer), state, batch)
+    expected = ft.supervised_step(model, square_loss, plain)(state, batch)
+    for name, value in expected.params.items():
+        torch.testing.assert_close(new.params[name], value)
+    assert not same({"m": new.buffers["1.running_mean"]}, {"m": expected.buffers["1.running_mean"]})
+
+
+def test_scratch_buffers_leave_no_memory_and_late_ones_are_refused():
+    """A non-persistent buffer is put back after a step; a persistent one that starts as None can't become a tensor."""
+
+    class Scratch(nn.Module):
+        def __init__(self, persistent):
+            super().__init__()
+            self.linear = nn.Linear(6, 3)
+            self.register_buffer("seen", torch.zeros(()), persistent=False)
+            self.register_buffer("cache", None, persistent=persistent)
+
+        def forward(self, x):
+            self.seen += 1
+            self.cache = x.mean().detach()
+            return self.linear(x) * self.seen
+
+    batch, model = batches("mlp", 1)[0], Scratch(persistent=False)
+    assert_pure(ft.supervised_step(model, square_loss, SGD), ft.init_state(model, SGD), batch)
+    assert model.seen == 0 and model.cache is None
+    model = Scratch(persistent=True)
+    with pytest.raises(ValueError, match="buffer 'cache' went from None to a tensor in a step"):
+        ft.supervised_step(model, square_loss, SGD)(ft.init_state(model, SGD), batch)
+    assert model.cache is None
+
+
+class Late(nn.Module):
+    """The second parameter gets its first gradient in a later step."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.a(x) + (self.b(x) if x[0, 0] > 50 else 0)
+
+
+@pytest.mark.parametrize("on_nonfinite", ["skip", "raise", "allow"])
+def test_a_device_waits_only_where_it_must(on_nonfinite, monkeypatch):
+    """State created in a bad step is not kept, raise does raise, and SGD without state never reads the decision."""
+    monkeypatch.setattr(step_module, "_stalls", lambda tensor: True)
+    reads = []
+    real = torch.Tensor.__bool__
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: (reads.append(1), real(self))[1])
+    plain = ft.optimizer(torch.optim.SGD, lr=0.1)
+    model = make("mlp")
+    step_fn = ft.supervised_step(model, square_loss, plain, on_nonfinite=on_nonfinite)
+    states = run(model, step_fn, batches("mlp", 3))
+    assert on_nonfinite != "skip" or not reads
+    assert same(states[-1].params, run(make("mlp"), step_fn, batches("mlp", 3))[-1].params)
+    late, bad = Late(), torch.full((4, 6), 99.0)
+    step_fn = ft.supervised_step(late, poison("nan"), SGD, on_nonfinite=on_nonfinite)
+    if on_nonfinite == "raise":
+        with pytest.raises(ft.NonFiniteError, match="step 2: loss is nan"):
+            run(late, step_fn, [batches("mlp", 1)[0], bad])
+    if on_nonfinite == "skip":
+        states = run(late, step_fn, [batches("mlp", 1)[0], bad])
+        assert sorted(states[-1].opt_state) == ["a.bias", "a.weight"]
+        assert same(states[1].opt_state, states[2].opt_state) and states[2].metrics["skipped"] == 1
+
+
+def test_a_masked_batch_is_skipped_also_when_bad_ones_raise():
+    """Weight 0 is a skipped step, not a non-finite one."""
+    model = make("mlp")
+    step_fn = ft.supervised_step(model, token_loss, SGD, on_nonfinite="raise")
+    state = step_fn(ft.init_state(model, SGD), -batches("mlp", 1)[0].abs())
+    assert (state.step, state.metrics["skipped"]) == (1, 1)
+
+
+def test_metrics_weigh_samples_also_under_weights():
+    """With weights= a reported mean is that of the samples of the whole batch, also when ragged; 0 of a term is 0."""
+
+    def loss_fn(model, batch):
+        ft.put_scalar("first", batch[:, 0].mean())
+        return {"a": model(batch).square().sum(), "b": model(batch).sum() * 0}
+
+    batch, results = batches("mlp", 1, 7)[0].double(), []
+    for accumulate in (1, 2):
+        model = make("mlp").double()
+        step_fn = ft.supervised_step(
+            model, loss_fn, SGD, accumulate=accumulate, weights=lambda b: {"a": len(b), "b": 0}
+        )
+        results.append(run(model, step_fn, [batch])[-1].metrics)
+    assert results[0]["first"].item() == pytest.approx(results[1]["first"].item())
+    assert results[0]["b"] == 0 and results[0]["skipped"] == 0
+
+
+def test_several_reports_of_one_name_count_as_one():
+    """A scalar reported three times in a micro-batch weighs no more than one reported once."""
+
+    def loss_fn(model, batch):
+        for _ in range(3 if len(batch) == 4 else 1):
+            ft.put_scalar("size", len(batch))
+        return square_loss(model, batch)
+
+    model = make("mlp")
+    step_fn = ft.supervised_step(model, loss_fn, SGD, accumulate=2)
+    assert run(model, step_fn, batches("mlp", 1, 7))[-1].metrics["size"] == pytest.approx((4 * 4 + 3 * 3) / 7)
+
+
+def test_gradients_of_the_module_are_put_back_and_of_a_transform_not_written():
+    """What the caller left in .grad is there again; clipping does not write to what transform_grads returned."""
+    model = make("mlp")
+    mine = {name: torch.full_like(param, 7.0) for name, param in model.named_parameters()}
+    for name, param in model.named_parameters():
+        param.grad = mine[name]
+    ones = {name: torch.ones_like(param) for name, param in model.named_parameters()}
+    step_fn = ft.supervised_step(model, square_loss, SGD, clip_grad_norm=0.1, transform_grads=lambda grads: ones)
+    run(model, step_fn, batches("mlp", 1))
+    assert all(param.grad is mine[name] for name, param in model.named_parameters())
+    assert all((one == 1).all() for one in ones.values())
+
+
+def test_python_and_numpy_draws_depend_on_the_step_too():
+    """LayerDrop and the like draw from random or NumPy: those are seeded as well."""
+    import random
+
+    import numpy
+
+    model = make("mlp")
+
+    def loss_fn(model, batch):
+        return square_loss(model, batch) * (random.random() + numpy.random.rand())
+
+    state = ft.init_state(model, SGD)
+    assert_pure(ft.supervised_step(model, loss_fn, SGD), state, batches("mlp", 1)[0])
+
+
+def test_clipping_under_allow_spreads_nan_as_torch_does():
+    """Without protection a nan norm makes every gradient nan, as torch.nn.utils.clip_grad_norm_ does."""
+    model, twin, bad = Late(), Late(), torch.full((4, 6), 99.0)
+    twin.load_state_dict(model.state_dict())
+    final = run(model, ft.supervised_step(model, poison("nan"), SGD, on_nonfinite="allow", clip_grad_norm=1.0), [bad])[
+        -1
+    ]
+    poison("nan")(twin, bad).backward()
+    torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+    expected = {n: bool(p.grad is not None and p.grad.isnan().all()) for n, p in twin.named_parameters()}
+    assert {n: bool(p.isnan().all()) for n, p in final.params.items()} == expected

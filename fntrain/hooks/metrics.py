@@ -103,6 +103,8 @@ class _Live:
         self.last = state.metrics
         for name, value in state.metrics.items():
             smooth = getattr(name, "smooth", "median")
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(f"metrics[{name!r}]: got shape {tuple(value.shape)}, expected one number")
             if not isinstance(value, Tensor | int | float):
                 self.media.setdefault(state.step, {})[name] = value
             elif smooth == "each":

@@ -17,7 +17,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fntrain import tree
 from fntrain.errors import CheckpointError
 from fntrain.shell.files import MANIFEST, MODEL, TRAIN, fsync, read_files, write_files
 from fntrain.state import TrainState
@@ -55,7 +54,9 @@ def save(state: TrainState, directory: str | os.PathLike[str]) -> Path:
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # gone already if it was published
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{target}: could not be written: {error}; nothing visible was changed") from error
+        raise CheckpointError(
+            f"{target}: could not be written: {error}; earlier checkpoints are as they were"
+        ) from error
     return target
 
 
@@ -136,7 +137,7 @@ def resume_or(state: TrainState, directory: str | os.PathLike[str]) -> TrainStat
     problems = []
     for path in found:
         try:
-            loaded = load(path)
+            loaded = read_files(path, next((param.device for param in state.params.values()), None))
         except CheckpointError as error:
             problems.append(str(error))
             _log.warning("passed over a damaged checkpoint: %s", error)
@@ -229,12 +230,6 @@ def _fitted(loaded: TrainState, like: TrainState, path: Path) -> TrainState:
         fitted[field] = {name: torch.empty_like(want[name]).copy_(have[name]) for name in want}
     if unknown := sorted(loaded.opt_state.keys() - like.params.keys()):
         raise CheckpointError(f"{path / TRAIN}: opt_state is of parameters the model does not have: {unknown}")
-    device = next((param.device for param in like.params.values()), torch.device("cpu"))
-    fitted["opt_state"] = {
-        name: tree.map_tensors(lambda tensor: tensor if tensor.dim() == 0 else tensor.to(device), entries)
-        for name, entries in loaded.opt_state.items()  # step counters stay on the CPU, where torch keeps them
-    }
-    fitted["extra"] = tree.map_tensors(lambda tensor: tensor.to(device), loaded.extra)
     return loaded.replace(**fitted)
 
 

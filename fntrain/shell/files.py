@@ -41,24 +41,29 @@ def write_files(state: TrainState, directory: Path) -> None:
                 if leaf in tensors:
                     raise CheckpointError(f"state.{leaf}: two tensors have this dotted path; rename one of the keys")
                 tensors[leaf] = value
+        _check_fields(fields)
     except TypeError as error:
         raise CheckpointError(f"state.{error}") from error
     files: dict[str, dict[str, Tensor]] = {MODEL: {}, TRAIN: {}}
     entries: dict[str, dict[str, Any]] = {}
     headers: dict[str, int] = {}
+    storages: set[int] = set()
     for leaf, tensor in tensors.items():
         file, name = _place(leaf)
         _check_leaf(leaf, tensor)
         stored = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
         # A view of a larger storage, or storage seen before, would be refused or written whole.
-        if stored.untyped_storage().nbytes() != stored.nbytes or stored.data_ptr() == tensor.data_ptr():
+        if stored.untyped_storage().nbytes() != stored.nbytes or stored.data_ptr() in storages:
             stored = stored.clone()
-        if name in files[file]:
-            raise CheckpointError(f"state.{leaf}: a parameter and a buffer have this name; rename one")
+        storages.add(stored.data_ptr())
+        if name in files[file] or name == "__metadata__":
+            raise CheckpointError(f"state.{leaf}: the name {name!r} is taken by a parameter or the format; rename one")
         files[file][name] = stored
         entries[leaf] = {"file": file, "name": name, "shape": list(tensor.shape), "dtype": _dtype(tensor.dtype)}
         if (stride := torch.empty_like(tensor, device="meta").stride()) != stored.stride():
             entries[leaf]["stride"] = list(stride)  # dense: gaps and overlaps of a view are not kept
+        if tensor.device.type != "cpu":
+            entries[leaf]["device"] = tensor.device.type
         entries[leaf]["crc32"] = zlib.crc32(tree.to_bytes(stored))
     for file, contents in files.items():
         save_file(contents, directory / file, metadata={"format": "pt"})
@@ -79,13 +84,16 @@ def write_files(state: TrainState, directory: Path) -> None:
     fsync(directory)
 
 
-def read_files(path: Path) -> TrainState:
-    """Read one checkpoint and check every byte of it; raises CheckpointError, naming file and leaf."""
+def read_files(path: Path, device: torch.device | None = None) -> TrainState:
+    """Read one checkpoint and check every byte of it; raises CheckpointError, naming file and leaf.
+
+    With a device, tensors that were on one when saved go there; what was on the CPU (step counters, say) stays.
+    """
     manifest = _read_manifest(path)
     tensors: dict[str, Tensor] = {}
     for file in (MODEL, TRAIN):
         listed = {leaf: entry for leaf, entry in manifest["tensors"].items() if entry["file"] == file}
-        tensors |= _read_tensors(path / file, listed, manifest["headers"].get(file))
+        tensors |= _read_tensors(path / file, listed, manifest["headers"].get(file), device)
     try:
         fields = _decode(manifest["state"], tensors)
         _check_fields(fields)
@@ -149,13 +157,15 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> PyTree:
 
 def _check_fields(fields: Any) -> None:
     for name in ("step", "position", "seed"):
-        if type(fields[name]) is not int:
-            raise TypeError(f"{name} is {fields[name]!r}, expected a whole number")
+        if type(fields[name]) is not int or (name != "seed" and fields[name] < 0):
+            raise TypeError(f"{name}: is {fields[name]!r}, expected a whole number")
     for name in ("params", "buffers"):
-        if not all(isinstance(value, Tensor) for value in fields[name].values()):
-            raise TypeError(f"{name} holds something else than tensors")
-    if not all(isinstance(entries, dict) for entries in fields["opt_state"].values()):
-        raise TypeError("opt_state holds something else than dicts")
+        for key, value in fields[name].items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}[{key!r}]: is {type(value).__name__}, expected a tensor")
+    for key, entries in fields["opt_state"].items():
+        if not isinstance(entries, Mapping):
+            raise TypeError(f"opt_state[{key!r}]: is {type(entries).__name__}, expected a dict")
 
 
 def _header_crc32(file: Path) -> int:
@@ -193,7 +203,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_tensors(file: Path, entries: Mapping[str, Mapping[str, Any]], header: Any) -> dict[str, Tensor]:
+def _read_tensors(
+    file: Path, entries: Mapping[str, Mapping[str, Any]], header: Any, device: torch.device | None
+) -> dict[str, Tensor]:
     """Read the listed tensors of one file, and check names, shapes, dtypes and checksums."""
     try:
         with safe_open(file, framework="pt") as opened:
@@ -203,9 +215,11 @@ def _read_tensors(file: Path, entries: Mapping[str, Mapping[str, Any]], header: 
             expected = {entry["name"] for entry in entries.values()}
             if names != expected:
                 raise CheckpointError(f"{file}: names differ from the manifest: {sorted(names ^ expected)}")
-            return {
-                leaf: _verified(file, leaf, opened.get_tensor(entry["name"]), entry) for leaf, entry in entries.items()
-            }
+            found = {}
+            for leaf, entry in entries.items():
+                tensor = _verified(file, leaf, opened.get_tensor(entry["name"]), entry)
+                found[leaf] = tensor.to(device) if device is not None and "device" in entry else tensor
+            return found
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: no such file") from error
     except (OSError, SafetensorError) as error:

@@ -1,7 +1,8 @@
 """What a step needs to know of a batch: how many samples it has, and how to split it into micro-batches.
 
-A batch is a tensor, or nested mappings, tuples and lists of tensors whose first dimension counts samples; or a list
-of mappings, one for each sample, as in detection. Everything else in it goes to every micro-batch unchanged.
+A batch is a tensor, or nested mappings, tuples and lists of tensors (or arrays) whose first dimension counts samples,
+and of lists with one mapping, string or number for each sample. A list of tensors is a list of fields, as torch's
+default collate makes it: pass `split=` for a list with one tensor for each sample. The rest goes to all micro-batches.
 """
 
 from collections.abc import Iterator, Mapping
@@ -58,8 +59,8 @@ def split_batch(batch: Batch, num: int) -> list[Batch]:
 
 
 def _sizes(batch: Batch, path: str) -> Iterator[tuple[str, int]]:
-    if isinstance(batch, Tensor):
-        if batch.dim() > 0:
+    if _is_array(batch):
+        if batch.ndim > 0:
             yield path, batch.shape[0]
     elif isinstance(batch, Mapping):
         for key, value in batch.items():
@@ -72,13 +73,18 @@ def _sizes(batch: Batch, path: str) -> Iterator[tuple[str, int]]:
 
 
 def _is_sample_list(value: Any) -> bool:
-    """One mapping or string for each sample, as the default collate and detection batches have them."""
-    return isinstance(value, tuple | list) and bool(value) and all(isinstance(item, Mapping | str) for item in value)
+    """One mapping, string or number for each sample, as the default collate and detection batches have them."""
+    kinds = (Mapping, str, int, float)
+    return isinstance(value, tuple | list) and bool(value) and all(isinstance(item, kinds) for item in value)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor) or (hasattr(value, "__array__") and hasattr(value, "ndim"))
 
 
 def _slice(batch: Batch, start: int, end: int) -> Batch:
-    if isinstance(batch, Tensor):
-        return batch[start:end] if batch.dim() > 0 else batch
+    if _is_array(batch):
+        return batch[start:end] if batch.ndim > 0 else batch
     if isinstance(batch, Mapping):
         return {key: _slice(value, start, end) for key, value in batch.items()}
     if _is_sample_list(batch):

@@ -12,6 +12,7 @@ import attrs
 import torch
 from torch.utils.data import DataLoader, default_collate
 
+from fntrain.check import whole
 from fntrain.permutation import permutation
 from fntrain.rng import fold_in, preserved_generators, seed_generators
 
@@ -52,8 +53,7 @@ class Stream:
           >>> sorted(index for position in range(5) for epoch, index in s.samples(position) if epoch == 0)
           [0, 1, 2, 3, 4]
         """
-        if position < 0:
-            raise ValueError(f"position: got {position}, expected a whole number >= 0")
+        whole("position", position, 0)
         size = len(self.dataset)
         if self.drop_last or self.ragged_last:
             epoch, batch = divmod(position, self.steps_per_epoch)
@@ -150,17 +150,13 @@ def stream(
             f"dataset: got {type(dataset).__name__}, expected a map-style data set with __len__ and __getitem__; "
             "an iterable goes to fit(data=...) directly, as an iterator"
         )
-    for name, value, low in (
-        ("batch_size", batch_size, 1),
-        ("num_workers", num_workers, 0),
-        ("prefetch_factor", prefetch_factor, 1),
-        ("world_size", world_size, 1),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"{name}: got {value!r}, expected a whole number >= {low}")
+    batch_size = whole("batch_size", batch_size, 1)
+    num_workers = whole("num_workers", num_workers, 0)
+    prefetch_factor = whole("prefetch_factor", prefetch_factor, 1)
+    world_size, rank = whole("world_size", world_size, 1), whole("rank", rank, 0)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed: got {seed!r}, expected a whole number")
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < world_size:
+    if rank >= world_size:
         raise ValueError(f"rank: got {rank!r}, expected 0 <= rank < world_size={world_size}")
     if len(dataset) == 0:
         raise ValueError("dataset: got an empty one, expected at least one sample")
@@ -228,7 +224,10 @@ class _Seeded:
 
     def _read(self, epoch: int, index: int) -> Any:
         seed_generators(self.seed, _USE_SAMPLE, epoch, index)
-        return self.dataset[index]
+        try:
+            return self.dataset[index]
+        except StopIteration as error:  # would end the stream, silently
+            raise RuntimeError(f"dataset[{index}]: raised StopIteration, in epoch {epoch}") from error
 
 
 def _as_it_is(batch: Any) -> Any:

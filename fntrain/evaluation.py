@@ -34,8 +34,10 @@ class Evaluation:
             seed_generators(state.seed, state.step, _USE)
             for batch in self.data:
                 with events.collecting():  # what the model reports while evaluating belongs to no step
-                    results = _flat(self.fn(self.model, batch))
-                for name, value in results.items():
+                    results = self.fn(self.model, batch)
+                if not isinstance(results, Mapping):
+                    raise TypeError(f"evaluation: fn returned {type(results).__name__}, expected a dict of metrics")
+                for name, value in _flat(results).items():
                     sums.setdefault(name, []).append(_sum_and_weight(name, value, batch))
         if not sums:
             raise ValueError("evaluation: the data gave no batch, or fn no metric")

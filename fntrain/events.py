@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Reduce = Literal["mean", "sum", "max", "min"]
-Smooth = Literal["median", "latest", "each"]
+Smooth = Literal["median", "latest", "sum", "each"]
 Scalar = Tensor | float
 
 
@@ -25,7 +25,7 @@ class MetricName(str):
 
     Args:
       reduce: how values of micro-batches (and ranks) combine.
-      smooth: writers show the window "median", the "latest" value, or write "each" at its own step.
+      smooth: writers show the window "median", the "latest" value, the "sum" of the period, or "each" at its own step.
     Example:
       >>> name = MetricName("lr", smooth="latest")
       >>> name == "lr", name.reduce, name.smooth
@@ -109,6 +109,8 @@ def put_scalar(name: str, value: Scalar | int, *, reduce: Reduce = "mean", smoot
         if value.numel() != 1:
             raise ValueError(f"put_scalar({name!r}): got shape {tuple(value.shape)}, expected one element")
         value = value.detach().reshape(()).clone()
+    else:
+        value = _number(name, value)
     if reduce not in ("mean", "sum", "max", "min"):
         raise ValueError(f"put_scalar({name!r}): got reduce={reduce!r}, expected mean, sum, max or min")
     key = MetricName(collector.prefix + name, reduce, "median" if smooth else "latest")
@@ -248,6 +250,15 @@ def _combine(name: str, weighted: list[tuple[Scalar, Scalar]]) -> Scalar:
     total = sum((weight for _, weight in weighted[1:]), start=weighted[0][1])
     first, *others = [value * weight for value, weight in weighted]
     return float("nan") if isinstance(total, int | float) and total == 0 else sum(others, start=first) / total
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, int | float):
+        return value
+    try:
+        return float(value)  # NumPy's numbers
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"put_scalar({name!r}): got {type(value).__name__}, expected a number") from error
 
 
 def _collector(caller: str, name: str) -> Collector | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import attrs
 
+from fntrain.check import whole
 from fntrain.hook import PHASES, AnyHook, Callback, Gated, Hook, flatten
 from fntrain.source import END, Batches, Positioned
 from fntrain.state import SAVED, Run, StepFn, Stop, TrainState
@@ -79,8 +80,7 @@ def states(
     """
     if not isinstance(state, TrainState):
         raise TypeError(f"state: got {type(state).__name__}, expected a TrainState (ft.init_state makes one)")
-    if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0):
-        raise ValueError(f"max_steps: got {max_steps!r}, expected a whole number >= 0 or None")
+    max_steps = max_steps if max_steps is None else whole("max_steps", max_steps, 0)
     singles = [_as_gated(single) for single in flatten(hooks if isinstance(hooks, AnyHook) else list(hooks))]
     _check_order(singles)
     rank = getattr(step_fn, "rank", 0)
@@ -204,12 +204,15 @@ def _finish(live: list[Gated], ran: dict[int, int], state: TrainState, error: Ba
 def _close(opened: list[AbstractContextManager[Any]], batches: Batches | None, error: BaseException | None) -> None:
     """Close data and resources, last opened first, all of them; the first error wins."""
     first = error
-    closers: list[Callable[[], Any]] = [partial(manager.__exit__, None, None, None) for manager in opened]
+    closers: list[Callable[[], Any]] = [
+        partial(manager.__exit__, type(error) if error else None, error, getattr(error, "__traceback__", None))
+        for manager in opened
+    ]
     for close in reversed([*closers, batches.close] if batches else closers):
         try:
             close()
         except BaseException as later:
-            first = _noted(first, later)
+            first = _noted(first, later) if later is not error else first
     if error is not first and first is not None:
         raise first
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import attrs
 
+from fntrain.check import whole
 from fntrain.hook import AnyHook, Gated, Predicate, compose, flatten
 
 
@@ -20,7 +21,7 @@ def every(n: int, hook: AnyHook) -> AnyHook:
       >>> every(4, every(6, h)) == every(12, h)
       True
     """
-    _check_count("every", n)
+    n = whole("every", n, 1)
     return _gate(hook, lambda one: attrs.evolve(one, every=math.lcm(one.every, n)))
 
 
@@ -32,7 +33,7 @@ def first(n: int, hook: AnyHook) -> AnyHook:
       >>> first(3, h) == between(1, 3, h)
       True
     """
-    _check_count("first", n)
+    n = whole("first", n, 1)
     return between(1, n, hook)
 
 
@@ -44,7 +45,7 @@ def between(a: int, b: int, hook: AnyHook) -> AnyHook:
       >>> between(2, 9, between(5, 20, h)) == between(5, 9, h)
       True
     """
-    _check_count("between: a", a)
+    a, b = whole("between: a", a, 1), whole("between: b", b, 1)
     if b < a:
         raise ValueError(f"between: got {a} to {b}, expected a <= b")
     return _gate(
@@ -115,8 +116,3 @@ def _alone(one: Gated, gate: str) -> Gated:
             "gate it by every, first or between only"
         )
     return one
-
-
-def _check_count(name: str, n: int) -> None:
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"{name}: got {n!r}, expected a whole number >= 1")

@@ -42,6 +42,8 @@ def weighted(loss_sum: Loss, weight: Tensor | float) -> Weighted:
     """
     if isinstance(weight, Tensor):
         weight = weight.detach()
+    elif not weight >= 0:
+        raise ValueError(f"weight: got {weight!r}, expected a number >= 0")
     return Weighted(loss_sum, weight)
 
 
@@ -51,8 +53,9 @@ class Objective:
 
     terms: dict[str, Tensor]
     total: Tensor
-    weight: Tensor | float
+    weight: Tensor | float  # in means of what was reported
     divide: bool  # whether gradients and terms are divided by the sum of weights
+    counts: Tensor | float  # the step is skipped if these add up to 0
 
 
 def objective(output: Any, batch: Batch, *, alone: bool, denominators: Mapping[str, Any] | None) -> Objective:
@@ -68,16 +71,17 @@ def objective(output: Any, batch: Batch, *, alone: bool, denominators: Mapping[s
     """
     if denominators is not None:
         terms = _over(_terms(output), denominators)
-        return Objective(terms, _sum(terms), 1.0 if alone else num_samples(batch), divide=False)
+        weight = 1.0 if alone else num_samples(batch)
+        return Objective(terms, _sum(terms), weight, divide=False, counts=reduce(add, denominators.values()))
     if isinstance(output, Weighted):
         terms = _terms(output.loss_sum)
-        return Objective(terms, _sum(terms), output.weight, divide=True)
+        return Objective(terms, _sum(terms), output.weight, divide=True, counts=output.weight)
     terms = _terms(output)
     if alone:
-        return Objective(terms, _sum(terms), 1.0, divide=False)
+        return Objective(terms, _sum(terms), 1.0, divide=False, counts=1)
     size = num_samples(batch)
     scaled = {name: term * size for name, term in terms.items()}
-    return Objective(scaled, _sum(scaled), size, divide=True)
+    return Objective(scaled, _sum(scaled), size, divide=True, counts=size)
 
 
 def _terms(loss: Any) -> dict[str, Tensor]:

@@ -31,19 +31,23 @@ def init_state(
       extra: your own pytree, saved with the rest.
     Raises:
       ValueError: the model has no parameters, or a group of the optimizer selects none of them.
+      TypeError: `extra` holds something that can't be saved.
     Example:
       >>> import fntrain as ft
       >>> ft.init_state(nn.Linear(4, 2), ft.optimizer(torch.optim.SGD, lr=0.1))
       TrainState(step=0, position=0, seed=0)
         params    2 tensors, 10 numbers, 40 bytes
     """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: got {seed!r}, expected a whole number")
+    list(tree.named_leaves(extra or {}, "extra"))  # what can't be saved is refused here, not at the first checkpoint
     slots = Slots.of(model)
     params = {name: param.detach() for name, param in slots.params.items()}
     buffers = {name: buffer.detach() for name, buffer in slots.buffers.items()}
     return TrainState(
         step=0,
         position=0,
-        seed=int(seed),
+        seed=seed,
         params=params,
         buffers=buffers,
         opt_state=optimizer.init(params),
@@ -112,14 +116,16 @@ class Slots:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Slots":
-        params = dict(model.named_parameters())
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+        params = {_plain(name): param for name, param in model.named_parameters()}
         if not params:
             raise ValueError(f"model: {type(model).__name__} has no parameters, expected at least one")
         first_name: dict[int, str] = {}
         places: list[tuple[str | None, dict[str, Tensor | None], str]] = []
         for prefix, module in model.named_modules():
             for key, buffer in module._buffers.items():
-                name = f"{prefix}.{key}" if prefix else key
+                name = _plain(f"{prefix}.{key}" if prefix else key)
                 if buffer is not None:
                     name = first_name.setdefault(id(buffer), name)
                 scratch = key in module._non_persistent_buffers_set
@@ -204,6 +210,11 @@ class Lease:
     params: list[tuple[nn.Parameter, Tensor, Tensor | None]]
     frozen: list[nn.Parameter]
     buffers: list[tuple[dict[str, Tensor | None], str, Tensor | None, Tensor | None]]
+
+
+def _plain(name: str) -> str:
+    """The name without what torch.compile puts in front, so that checkpoints load anywhere."""
+    return name.replace("_orig_mod.", "")
 
 
 def _kind(value: Tensor | None) -> str:

@@ -187,6 +187,8 @@ def optimizer(
         raise TypeError(f"cls: got {cls!r}, expected a class derived from torch.optim.Optimizer (not an instance)")
     if issubclass(cls, torch.optim.SparseAdam):
         raise TypeError("cls: SparseAdam works on sparse gradients, which are not supported; use Adam or AdamW")
+    if not (callable(lr) or isinstance(lr, int | float | Tensor)):
+        raise TypeError(f"lr: got {lr!r}, expected a number, a 0-d tensor or a schedule")
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(f"cls: {cls.__name__} evaluates the loss several times by a closure; use one that does not")
@@ -207,6 +209,7 @@ class BoundOptimizer:
     names: tuple[tuple[str, ...], ...]
     scheduled: tuple[dict[str, Callable[[int], Any]], ...]
     frozen: frozenset[str]
+    seen: list[bool] = attrs.field(factory=list, init=False)  # holds something once the class has been looked at
 
     def apply_(
         self, leaves: Mapping[str, Tensor], opt_state: Mapping[str, dict[str, PyTree]], step: int
@@ -243,13 +246,14 @@ class BoundOptimizer:
         for name, leaf in leaves.items():
             if leaf.grad is not None and name not in opt_state:
                 check_dense(name, leaf.grad)
-        attributes = None if opt_state else _marks(lent)  # a first update shows where the class keeps its memory
+        marks = None if self.seen else _marks(lent)  # the first update shows where the class keeps its memory
         _unwrapped_step(type(lent))(lent)
-        if attributes is not None and (changed := sorted(dict(_marks(lent) ^ attributes))):
+        if marks is not None and (changed := sorted(_marks(lent) ^ marks)):
             raise TypeError(
-                f"{type(lent).__name__}: its step changes the attribute {changed[0]!r}, outside of `state` and "
-                "`param_groups`; it can't be used as a pure function"
+                f"{type(lent).__name__}: its step changes {changed[0][0]}, outside of the state of a parameter and of "
+                "numbers and tensors in `param_groups`; it can't be used as a pure function"
             )
+        self.seen.append(True)
         return self._collect(leaves, opt_state, lent, before, versions)
 
     def _collect(
@@ -275,17 +279,25 @@ class BoundOptimizer:
         return after
 
 
-def _marks(instance: torch.optim.Optimizer) -> set[tuple[str, int]]:
-    """What tells whether a step changed the optimizer's own attributes: identity of numbers, size of containers."""
-    marks = set()
+def _marks(instance: torch.optim.Optimizer) -> set[tuple[str, str]]:
+    """What tells whether a step kept something where it would be lost: in attributes, or in containers of a group."""
+    keys: list[Any] = list(instance.state)
+    marks = {("state of something that is no parameter", str(key)) for key in keys if not isinstance(key, Tensor)}
     for key, value in instance.__dict__.items():
-        if key in ("state", "param_groups") or isinstance(value, bool):
-            continue
-        if isinstance(value, list | dict | set):
-            marks.add((key, len(value)))
-        elif isinstance(value, int | float | Tensor):
-            marks.add((key, id(value)))
+        if key not in ("state", "param_groups") and not isinstance(value, bool):
+            marks.add((f"the attribute {key!r}", _mark(value)))
+    for index, one in enumerate(instance.param_groups):
+        containers = {
+            key: value for key, value in one.items() if key != "params" and isinstance(value, list | dict | set)
+        }
+        marks |= {(f"param_groups[{index}][{key!r}]", _mark(value)) for key, value in containers.items()}
     return marks
+
+
+def _mark(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{id(value)} {value._version}"
+    return repr(value) if isinstance(value, int | float | str | list | dict | set) else ""
 
 
 def _group_memory(opt_state: Mapping[str, Mapping[str, PyTree]], names: Sequence[str]) -> dict[str, PyTree]:

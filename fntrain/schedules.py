@@ -12,6 +12,8 @@ from typing import Any
 import attrs
 import torch
 
+from fntrain.check import whole
+
 
 @attrs.frozen(repr=False)
 class Schedule:
@@ -134,7 +136,7 @@ def join(*pieces: "tuple[int, Schedule] | Schedule") -> Schedule:
     if not callable(last) or any(not isinstance(piece, tuple) for piece in firsts):
         raise TypeError(f"join: got {pieces!r}, expected (num_steps, schedule) pairs and a schedule at the end")
     for num_steps, _ in firsts:  # type: ignore[misc]
-        _check_positive("join: num_steps", num_steps)
+        whole("join: num_steps", num_steps, 1)
     return Schedule(_join, (("firsts", tuple(firsts)), ("last", last)))
 
 
@@ -159,7 +161,7 @@ def warmup_cosine(peak: float, *, warmup_steps: int, total_steps: int, end: floa
       >>> [round(warmup_cosine(1.0, warmup_steps=3, total_steps=7)(step), 3) for step in (0, 2, 3, 5, 7)]
       [0.25, 0.75, 1.0, 0.5, 0.0]
     """
-    _check_positive("total_steps", total_steps)
+    whole("total_steps", total_steps, 1)
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(f"warmup_steps: got {warmup_steps}, expected 0 <= warmup_steps < total_steps={total_steps}")
     args = {"peak": peak, "warmup_steps": warmup_steps, "total_steps": total_steps, "end": end}
@@ -180,7 +182,7 @@ def from_torch(scheduler: Callable[..., Any], *, lr: float, num_steps: int, **op
       >>> from_torch(torch.optim.lr_scheduler.StepLR, lr=1.0, num_steps=4, step_size=2)(3)
       0.1
     """
-    _check_positive("num_steps", num_steps)
+    whole("num_steps", num_steps, 1)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr, momentum=0.9)
     instance = scheduler(optimizer, **options)
     if isinstance(instance, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -222,13 +224,8 @@ def table(schedule: Callable[[int], float], steps: Iterable[int] | int, *, width
 def _make(fn: Callable[..., float], **args: Any) -> Schedule:
     for name, value in args.items():
         if name in ("total_steps", "period", "every", "warmup_steps", "factor"):
-            _check_positive(name, value)
+            whole(name, value, 1)
     return Schedule(fn, tuple(args.items()))
-
-
-def _check_positive(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: got {value!r}, expected a whole number >= 1")
 
 
 def _product(step: int, *, left: Schedule, right: "float | Schedule") -> float:

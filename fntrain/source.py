@@ -62,8 +62,8 @@ class Batches:
                 if state.position > 0:
                     raise ValueError(
                         f"data: {type(self.data).__name__} starts at its first batch again, but the state is at "
-                        f"position {state.position}; use ft.data.stream(...), or pass an iterator that starts there: "
-                        "itertools.islice(data, state.position, None)"
+                        f"position {state.position}; use ft.data.stream(...), or pass an iterator whose first batch "
+                        "is that one: iter(data) for a new epoch, itertools.islice(data, done, None) within one"
                     )
                 self.source = source
             elif self.position != -1:

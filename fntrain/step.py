@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fntrain import events, grads, tree
 from fntrain.batch import Batch, split_batch
+from fntrain.check import whole
 from fntrain.errors import NonFiniteError
 from fntrain.events import Collector, MetricName
 from fntrain.loss import Loss, Objective, Weighted, WeightsFn, objective
@@ -29,8 +30,8 @@ from fntrain.state import TrainState
 LossFn = Callable[[nn.Module, Batch], Loss | Weighted]
 TransformGrads = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 LR = MetricName("lr", smooth="latest")
-SKIPPED = MetricName("skipped", reduce="max")
-_RESERVED = frozenset({"loss", "lr", "grad_norm", "skipped"})
+SKIPPED = MetricName("skipped", reduce="max", smooth="sum")
+_RESERVED = frozenset({"loss", "lr", "grad_norm", "skipped", "step"})
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -59,6 +60,8 @@ class SupervisedStep:
         self.bound.template.state.clear()  # what Adagrad and others make at once is of use to init only
 
     def __call__(self, state: TrainState, batch: Batch) -> TrainState:
+        if not state.opt_state:
+            self._check_model()
         if state.params.keys() != self.slots.params.keys() or state.buffers.keys() != self.slots.buffer_names:
             self.slots.check(state)
         params, buffers = tree.clone((state.params, state.buffers))
@@ -67,6 +70,15 @@ class SupervisedStep:
             return self._body(state, batch, lambda: self.slots.written(lease, params, buffers))
         finally:
             self.slots.take_back(lease)
+
+    def _check_model(self) -> None:
+        """A layer put in after the step was made would never be trained."""
+        now = Slots.of(self.model).params
+        if now.keys() != self.slots.params.keys() or any(now[name] is not self.slots.params[name] for name in now):
+            raise ValueError(
+                f"model: {type(self.model).__name__} has other parameters than when the step was made; call "
+                "supervised_step after the model is complete"
+            )
 
     def _body(
         self, state: TrainState, batch: Batch, written: Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]]
@@ -119,8 +131,8 @@ class SupervisedStep:
             part = objective(output, micro_batch, alone=len(micro_batches) == 1, denominators=denominators)
             part.total.backward()  # type: ignore[no-untyped-call]
             total = part.total.detach()
-            terms = {name: total if term is part.total else term.detach() for name, term in part.terms.items()}
-            parts.append((Objective(terms, total, part.weight, part.divide), collector))
+            terms = {name: total if term is part.total else _copied(term) for name, term in part.terms.items()}
+            parts.append((attrs.evolve(part, terms=terms, total=total), collector))
         return parts
 
     def _reduced_leaves(self, parts: list[tuple[Objective, Collector]]) -> dict[str, Tensor]:
@@ -151,7 +163,7 @@ class SupervisedStep:
     ) -> bool | Tensor:
         """Whether to update: loss and gradients finite, weight not 0; a tensor where the host would have to wait."""
         stalls = _stalls(loss) and self.on_nonfinite != "raise"
-        weighs = (_total_weight(parts) if parts[0][0].divide else 1) != 0
+        weighs: bool | Tensor = _sum([part.counts for part, _ in parts]) != 0
         if isinstance(weighs, Tensor) and not stalls:
             weighs = bool(weighs)
         if self.on_nonfinite == "allow" or norm is None:
@@ -225,8 +237,10 @@ def supervised_step(
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer: got {type(optimizer).__name__}, expected ft.optimizer(torch.optim.AdamW, lr=...)")
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(f"accumulate: got {accumulate!r}, expected a whole number >= 1")
+    given = {"transform_grads": transform_grads, "weights": weights, "split": split}
+    for name, fn in {"loss_fn": loss_fn, **{key: fn for key, fn in given.items() if fn is not None}}.items():
+        if not callable(fn):
+            raise TypeError(f"{name}: got {type(fn).__name__}, expected a function")
     for name, value in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
         if value is not None and not value > 0:
             raise ValueError(f"{name}: got {value!r}, expected a number > 0 or None")
@@ -244,7 +258,7 @@ def supervised_step(
         model=model,
         loss_fn=loss_fn,
         optimizer=optimizer,
-        accumulate=accumulate,
+        accumulate=whole("accumulate", accumulate, 1),
         clip_grad_norm=clip_grad_norm,
         clip_grad_value=clip_grad_value,
         precision=precision,
@@ -253,6 +267,11 @@ def supervised_step(
         weights=weights,
         split=split,
     )
+
+
+def _copied(term: Tensor) -> Tensor:
+    """A term for the metrics; one that is a parameter, or a view of one, is copied: the update writes to it."""
+    return term.detach().clone() if term.is_leaf or term._base is not None else term.detach()
 
 
 def _grads(leaves: dict[str, Tensor]) -> list[Tensor]:

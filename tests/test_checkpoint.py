@@ -845,3 +845,27 @@ def test_the_sigkill_test_can_fail(tmp_path):
     done = run_and_kill(tmp_path, 80, str(Path(broken_io.__file__).parent))
     assert done.returncode != 0
     assert "CheckpointError" in done.stderr
+
+
+def test_after_a_roll_back_the_branch_left_is_gone(tmp_path):
+    """Checkpoints later than the one just saved are of no past of this run: resuming goes on from the newest save."""
+    kept = {}
+
+    def back(state):
+        kept.setdefault(state.step, state)
+        return kept[2].replace(position=state.position) if state.position == 11 else None
+
+    state = ft.TrainState(step=0, position=0, seed=0, params={})
+    hooks = [ft.hook(after_step=back), ft.hooks.checkpoint(tmp_path, every=2, keep_last=1)]
+    run = ft.states(lambda s, b: s.advance(), hooks, state=state, data=iter(range(100)), max_steps=20)
+    next(s for s in run if s.position == 15)
+    assert [files.step_of(path) for path in files.checkpoints(tmp_path)] == [6]
+
+
+def test_resume_or_refuses_what_is_no_directory_of_checkpoints(tmp_path):
+    """A single checkpoint or a file given for the directory is an error, not a fresh start."""
+    path = files.save(ft.TrainState(step=1, position=1, seed=0, params={"w": torch.ones(1)}), tmp_path)
+    state = ft.TrainState(step=0, position=0, seed=0, params={"w": torch.ones(1)})
+    for wrong in (path, path / "state.json"):
+        with pytest.raises(CheckpointError, match="is no directory of checkpoints"):
+            ft.resume_or(state, wrong)

@@ -314,3 +314,35 @@ def test_an_unknown_option_of_a_group_is_refused():
     """A misspelt option would be ignored by torch: it is an error that lists what there is."""
     with pytest.raises(ValueError, match=r"groups\[0\]: AdamW has no option \['weight_decai'\]"):
         ft.optimizer(torch.optim.AdamW, lr=0.1, groups=[ft.group("*", weight_decai=0.0)])
+
+
+class KeepsUnderAName(torch.optim.Optimizer):
+    """One whose state has an entry that is no parameter."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        self.state["all"]["n"] = self.state["all"].get("n", 0) + 1
+
+
+class KeepsInADict(torch.optim.Optimizer):
+    """One that counts in a dict of its own, and makes state when built."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+        self.counts = {"n": 0}
+        for param in self.param_groups[0]["params"]:
+            self.state[param]["sum"] = torch.zeros_like(param)
+
+    def step(self, closure=None):
+        self.counts["n"] += 1
+
+
+@pytest.mark.parametrize(("cls", "what"), [(KeepsUnderAName, "no parameter"), (KeepsInADict, "attribute 'counts'")])
+def test_memory_that_can_not_be_carried_is_refused(cls, what):
+    """State under another key, or in a container of the optimizer's own, is an error at the first update."""
+    optimizer = ft.optimizer(cls, lr=0.1)
+    params = {"w": torch.ones(1)}
+    with pytest.raises(TypeError, match=what):
+        optimizer.update(params, {"w": torch.ones(1)}, optimizer.init(params), step=0)

@@ -578,3 +578,53 @@ def test_clipping_under_allow_spreads_nan_as_torch_does():
     torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
     expected = {n: bool(p.grad is not None and p.grad.isnan().all()) for n, p in twin.named_parameters()}
     assert {n: bool(p.isnan().all()) for n, p in final.params.items()} == expected
+
+
+def test_a_model_changed_after_the_step_was_made_is_refused():
+    """A layer put in later would never be trained: an error, not silence."""
+    model = make("mlp")
+    step_fn = ft.supervised_step(model, square_loss, SGD)
+    model[2] = nn.Linear(8, 3)
+    with pytest.raises(ValueError, match="has other parameters than when the step was made"):
+        step_fn(ft.init_state(model, SGD), batches("mlp", 1)[0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own imports
+def test_a_compiled_model_keeps_its_plain_names():
+    """torch.compile's wrapper leaves no trace in names, so checkpoints load into the plain model."""
+    model = make("batchnorm")
+    state = ft.init_state(torch.compile(model), SGD)
+    assert {*state.params, *state.buffers} == set(model.state_dict())
+
+
+def test_all_terms_without_samples_are_a_skipped_step():
+    """With weights= a batch in which every denominator is 0 changes nothing."""
+    model = make("mlp")
+    step_fn = ft.supervised_step(model, lambda m, b: {"a": m(b).sum() * 0}, ADAMW, weights=lambda b: {"a": 0})
+    state = ft.init_state(model, ADAMW)
+    new = step_fn(state, batches("mlp", 1)[0])
+    assert new.metrics["skipped"] == 1 and same(new.params, state.params)
+    with pytest.raises(ValueError, match="weight: got -1"):
+        ft.weighted(torch.ones(()), -1)
+
+
+def test_a_term_that_is_a_parameter_is_reported_as_it_was():
+    """A learned loss weight in the metrics is the value in the loss, not the one after the update."""
+    model = make("mlp")
+    model.log_var = nn.Parameter(torch.zeros(()))
+
+    def loss_fn(model, batch):
+        return {"mse": square_loss(model, batch) * (-model.log_var).exp(), "log_var": model.log_var}
+
+    new = ft.supervised_step(model, loss_fn, SGD)(ft.init_state(model, SGD), batches("mlp", 1)[0])
+    assert new.metrics["log_var"] == 0 and new.params["log_var"] != 0
+
+
+def test_arrays_and_lists_of_numbers_are_split_too():
+    """A NumPy array or a list of labels beside tensors goes to the micro-batches in parts, or is refused."""
+    import numpy
+
+    parts = ft.split_batch({"x": torch.ones(4, 2), "y": numpy.arange(4), "z": [1, 2, 3, 4]}, 2)
+    assert [(part["y"].tolist(), part["z"]) for part in parts] == [([0, 1], [1, 2]), ([2, 3], [3, 4])]
+    with pytest.raises(ValueError, match=r"batch\['z'\]: has 3 samples"):
+        ft.split_batch({"x": torch.ones(4, 2), "z": [1, 2, 3]}, 2)

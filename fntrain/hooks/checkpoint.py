@@ -8,6 +8,7 @@ import attrs
 
 from fntrain import gates
 from fntrain import hook as hooks
+from fntrain.check import whole
 from fntrain.errors import CheckpointError
 from fntrain.shell import checkpoint as files
 from fntrain.state import TrainState
@@ -37,6 +38,7 @@ class Checkpoint:
     def save(self, state: TrainState) -> None:
         """Write the state, then delete what is too old."""
         files.save(state, self.directory)
+        files.drop_after(self.directory, state.step)  # left by a roll-back: not this run's past
         if self.keep_last is not None:
             files.prune(self.directory, self.keep_last)
 
@@ -58,7 +60,6 @@ def checkpoint(
       >>> checkpoint("runs/digits", every=500, keep_last=3)
       at_end(every(500, Checkpoint(directory='runs/digits', keep_last=3)))
     """
-    if keep_last is not None and (isinstance(keep_last, bool) or not isinstance(keep_last, int) or keep_last < 1):
-        raise ValueError(f"keep_last: got {keep_last!r}, expected a whole number >= 1 or None")
+    keep_last = keep_last if keep_last is None else whole("keep_last", keep_last, 1)
     record = Checkpoint(os.fspath(directory), keep_last)
     return gates.at_end(gates.every(every, hooks.resource(record, name=name, saves=True)))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fntrain import hook as hooks
+from fntrain.check import whole
 from fntrain.state import TrainState
 from fntrain.writers import Row, Writer, WriteRow
 
@@ -27,7 +28,7 @@ class WriteMetrics:
     def __call__(self) -> Iterator[hooks.Hook]:
         with ExitStack() as stack:
             live = _Live(self, stack)
-            yield hooks.hook(before_train=live.open, after_step=live.record, after_train=live.finish)
+            yield hooks.hook(after_step=live.record, after_train=live.finish)
 
 
 def write_metrics(
@@ -52,9 +53,7 @@ def write_metrics(
 
     Source: detectron2's PeriodicWriter and EventStorage
     """
-    for argument, value in (("every", every), ("window", window)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{argument}: got {value!r}, expected a whole number >= 1")
+    every, window = whole("every", every, 1), whole("window", window, 1)
     several = tuple(writers) if isinstance(writers, Sequence) else (writers,)
     for writer in several:
         if not callable(getattr(writer, "open", None)):
@@ -75,14 +74,21 @@ class _Live:
         self.last: Mapping[str, Any] = {}
         self.each: dict[tuple[int, str], Any] = {}
         self.media: dict[int, dict[str, Any]] = {}
-        self.written = -1
+        self.written = self.newest = -1
 
     def open(self, state: TrainState) -> None:
-        self.written = state.step
+        """Open the writers, at the first step: a run that is refused or has nothing to do leaves their files alone."""
+        self.written = state.run.start_step
         for writer in self.settings.writers:
-            self.writes.append(self.stack.enter_context(writer.open(state.step)))
+            self.writes.append(self.stack.enter_context(writer.open(state.run.start_step)))
 
     def record(self, state: TrainState) -> None:
+        if not self.writes and self.settings.writers:
+            self.open(state)
+        if state.step <= self.newest:  # rolled back: what was measured since is of no step any more
+            self.windows.clear()
+            self.written = state.step - 1
+        self.newest = state.step
         self.collect(state)
         if state.step == state.run.max_steps:
             return  # written by finish, together with what hooks still report at the end
@@ -93,7 +99,7 @@ class _Live:
 
     def finish(self, state: TrainState) -> None:
         """Write what is left, with what hooks reported after the last step."""
-        if state.step > state.run.start_step:
+        if self.newest >= 0 and state.step > state.run.start_step:
             last = self.last
             new = {name: value for name, value in state.metrics.items() if value is not last.get(name)}
             self.collect(state.replace(metrics=new))
@@ -110,21 +116,21 @@ class _Live:
             elif smooth == "each":
                 self.each[state.step, name] = value
             else:
-                size = self.settings.window if smooth == "median" else 1
+                size = {"median": self.settings.window, "latest": 1}.get(smooth)
                 self.windows.setdefault(name, deque(maxlen=size)).append((state.step, value))
 
     def write(self, state: TrainState) -> None:
         """One row per step that has results of its own, and one for the period."""
-        oldest = state.step - self.settings.window
-        for values in self.windows.values():
-            while values and values[0][0] <= oldest:
+        for name, values in self.windows.items():
+            total = getattr(name, "smooth", "") == "sum"
+            while values and values[0][0] <= (self.written if total else state.step - self.settings.window):
                 values.popleft()
         recent = {name: values for name, values in self.windows.items() if values and values[-1][0] > self.written}
         numbers = iter(_to_host([*self.each.values(), *(value for values in recent.values() for _, value in values)]))
         rows: dict[int, dict[str, float]] = {step: {} for step in self.media}
         for step, name in self.each:
             rows.setdefault(step, {})[name] = next(numbers)
-        smoothed = {name: _median([next(numbers) for _ in values]) for name, values in recent.items()}
+        smoothed = {name: _smoothed(name, [next(numbers) for _ in values]) for name, values in recent.items()}
         if smoothed:
             rows[state.step] = smoothed | rows.get(state.step, {})
         for step in sorted(rows):
@@ -146,8 +152,10 @@ class _Live:
             write(row)
 
 
-def _median(values: list[float]) -> float:
-    """The median; one nan makes it nan, so that trouble is seen (sorting nan would give any of the values)."""
+def _smoothed(name: str, values: list[float]) -> float:
+    """The median or sum; one nan makes it nan, so that trouble is seen (sorting nan would give any of the values)."""
+    if getattr(name, "smooth", "") == "sum":
+        return sum(values)
     ordered, middle = sorted(values), len(values) // 2
     if any(map(math.isnan, values)):
         return math.nan

@@ -133,6 +133,8 @@ def resume_or(state: TrainState, directory: str | os.PathLike[str]) -> TrainStat
       >>> resume_or(state, "no/such/directory") is state
       True
     """
+    if Path(directory).is_file() or (Path(directory) / MANIFEST).exists():
+        raise CheckpointError(f"{directory}: is no directory of checkpoints; give the one that holds the step_... ones")
     found = checkpoints(directory)
     problems = []
     for path in found:
@@ -149,6 +151,7 @@ def resume_or(state: TrainState, directory: str | os.PathLike[str]) -> TrainStat
             f"{directory}: all {len(problems)} checkpoints are damaged; move them away to start afresh\n  "
             + "\n  ".join(problems)
         )
+    _log.info("no checkpoint in %s: starting from the state given", directory)
     return state
 
 
@@ -179,12 +182,27 @@ def prune(directory: str | os.PathLike[str], keep_last: int) -> None:
       >>> prune("no/such/directory", keep_last=3)
     """
     complete = [path for path in checkpoints(directory) if (path / MANIFEST).is_file()]
-    for path in [one for former in complete[keep_last:] for one in (former.with_name(former.name + ".old"), former)]:
-        if not path.exists():
-            continue
-        doomed = path.with_name(f".partial-deleted-{uuid.uuid4().hex[:8]}")
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+    for path in complete[keep_last:]:
+        _remove(path)
+
+
+def drop_after(directory: str | os.PathLike[str], step: int) -> None:
+    """Delete checkpoints later than a step: after a roll-back they are of a branch the run has left.
+
+    Example:
+      >>> drop_after("no/such/directory", 0)
+    """
+    for path in checkpoints(directory):
+        if step_of(path) > step:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    for one in (path.with_name(path.name + ".old"), path):
+        if one.exists():
+            doomed = path.with_name(f".partial-deleted-{uuid.uuid4().hex[:8]}")
+            one.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def clean(directory: str | os.PathLike[str]) -> None:

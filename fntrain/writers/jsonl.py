@@ -31,7 +31,7 @@ class Jsonl:
                     return
                 # Strict JSON has no nan: it is written as null.
                 numbers = {key: value if math.isfinite(value) else None for key, value in row.scalars.items()}
-                file.write(json.dumps({"step": row.step, **numbers}, allow_nan=False) + "\n")
+                file.write(json.dumps({"step": row.step} | numbers | {"step": row.step}, allow_nan=False) + "\n")
                 file.flush()
 
             yield write

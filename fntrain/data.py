@@ -21,22 +21,74 @@ Sample = tuple[int, int]  # (epoch, index in the data set)
 _USE_SAMPLE, _USE_COLLATE, _USE_ORDER = 0x73616D70, 0x636F6C6C, 0x6F726472
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen
 class Stream:
-    """An endless sequence of batches that can start anywhere; made by `stream`."""
+    """An endless stream of batches of which number s is a function of (seed, s); `ft.data.stream` is its name in use.
+
+    By default batches straddle epochs and are always full, and every sample comes exactly once per epoch. While
+    samples are read, torch's, Python's and NumPy's default generators are seeded from (seed, epoch, index), while they
+    are collated from the first sample of the rank's share; in the main process they are put back.
+
+    Args:
+      dataset: map-style: has `__len__` and `__getitem__(index)`.
+      batch_size: samples of the global batch, over all ranks.
+      seed: of order and per-sample randomness.
+      shuffle: a new permutation each epoch, or the data set's own order.
+      drop_last: batches do not straddle epochs; the rest of an epoch is not used in it.
+      ragged_last: batches do not straddle epochs; the last of an epoch is smaller.
+      num_workers, prefetch_factor, pin_memory, collate_fn: as for torch's DataLoader.
+      rank, world_size: which share of every batch is read here.
+    Raises:
+      TypeError: the data set is not map-style.
+      ValueError: sizes that are not positive, an empty data set, or a batch smaller than the world.
+    Example:
+      >>> [len(batch) for batch, _ in zip(stream(list(range(10)), 4, seed=0).at(0), range(3))]
+      [4, 4, 4]
+    """
 
     dataset: Any = attrs.field(repr=lambda dataset: f"<{type(dataset).__name__} of {len(dataset)}>", eq=id)
     batch_size: int
-    seed: int
-    shuffle: bool
-    drop_last: bool
-    ragged_last: bool
-    num_workers: int
-    prefetch_factor: int
-    pin_memory: bool
-    collate_fn: Callable[[list[Any]], Any] | None
-    rank: int
-    world_size: int
+    seed: int = attrs.field(kw_only=True)
+    shuffle: bool = attrs.field(default=True, kw_only=True)
+    drop_last: bool = attrs.field(default=False, kw_only=True)
+    ragged_last: bool = attrs.field(default=False, kw_only=True)
+    num_workers: int = attrs.field(default=0, kw_only=True)
+    prefetch_factor: int = attrs.field(default=2, kw_only=True)
+    pin_memory: bool = attrs.field(default=False, kw_only=True)
+    collate_fn: Callable[[list[Any]], Any] | None = attrs.field(default=None, kw_only=True)
+    rank: int = attrs.field(default=0, kw_only=True)
+    world_size: int = attrs.field(default=1, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        if not (hasattr(self.dataset, "__getitem__") and hasattr(self.dataset, "__len__")):
+            raise TypeError(
+                f"dataset: got {type(self.dataset).__name__}, expected a map-style one with __len__ and __getitem__; "
+                "an iterable goes to fit(data=...) directly, as an iterator"
+            )
+        for name, low in (
+            ("batch_size", 1),
+            ("num_workers", 0),
+            ("prefetch_factor", 1),
+            ("rank", 0),
+            ("world_size", 1),
+        ):
+            whole(name, getattr(self, name), low)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed: got {self.seed!r}, expected a whole number")
+        if self.rank >= self.world_size:
+            raise ValueError(f"rank: got {self.rank!r}, expected 0 <= rank < world_size={self.world_size}")
+        if len(self.dataset) == 0:
+            raise ValueError("dataset: got an empty one, expected at least one sample")
+        if self.drop_last and self.ragged_last:
+            raise ValueError("drop_last and ragged_last: got both, expected at most one")
+        if self.drop_last and len(self.dataset) < self.batch_size:
+            raise ValueError(
+                f"drop_last: the data set has {len(self.dataset)} samples, less than one batch of {self.batch_size}"
+            )
+        last = len(self.dataset) % self.batch_size or self.batch_size
+        smallest = last if self.ragged_last else self.batch_size
+        if smallest < self.world_size:
+            raise ValueError(f"batch_size: a batch of {smallest} can't be shared by world_size={self.world_size}")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -108,80 +160,7 @@ class Stream:
         return permutation(len(self.dataset), fold_in(self.seed, _USE_ORDER, epoch), start, end)
 
 
-def stream(
-    dataset: Any,
-    batch_size: int,
-    *,
-    seed: int,
-    shuffle: bool = True,
-    drop_last: bool = False,
-    ragged_last: bool = False,
-    num_workers: int = 0,
-    prefetch_factor: int = 2,
-    pin_memory: bool = False,
-    collate_fn: Callable[[list[Any]], Any] | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Stream:
-    """Make an endless stream of batches of which number s is a function of (seed, s).
-
-    By default batches straddle epochs and are always full, and every sample comes exactly once per epoch. While
-    samples are read, torch's, Python's and NumPy's default generators are seeded from (seed, epoch, index), while they
-    are collated from the first sample of the rank's share; in the main process they are put back.
-
-    Args:
-      dataset: map-style: has `__len__` and `__getitem__(index)`.
-      batch_size: samples of the global batch, over all ranks.
-      seed: of order and per-sample randomness.
-      shuffle: a new permutation each epoch, or the data set's own order.
-      drop_last: batches do not straddle epochs; the rest of an epoch is not used in it.
-      ragged_last: batches do not straddle epochs; the last of an epoch is smaller.
-      num_workers, prefetch_factor, pin_memory, collate_fn: as for torch's DataLoader.
-      rank, world_size: which share of every batch is read here.
-    Raises:
-      TypeError: the data set is not map-style.
-      ValueError: sizes that are not positive, an empty data set, or a batch smaller than the world.
-    Example:
-      >>> [len(batch) for batch, _ in zip(stream(list(range(10)), 4, seed=0).at(0), range(3))]
-      [4, 4, 4]
-    """
-    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-        raise TypeError(
-            f"dataset: got {type(dataset).__name__}, expected a map-style data set with __len__ and __getitem__; "
-            "an iterable goes to fit(data=...) directly, as an iterator"
-        )
-    batch_size = whole("batch_size", batch_size, 1)
-    num_workers = whole("num_workers", num_workers, 0)
-    prefetch_factor = whole("prefetch_factor", prefetch_factor, 1)
-    world_size, rank = whole("world_size", world_size, 1), whole("rank", rank, 0)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed: got {seed!r}, expected a whole number")
-    if rank >= world_size:
-        raise ValueError(f"rank: got {rank!r}, expected 0 <= rank < world_size={world_size}")
-    if len(dataset) == 0:
-        raise ValueError("dataset: got an empty one, expected at least one sample")
-    if drop_last and ragged_last:
-        raise ValueError("drop_last and ragged_last: got both, expected at most one")
-    if drop_last and len(dataset) < batch_size:
-        raise ValueError(f"drop_last: the data set has {len(dataset)} samples, less than one batch of {batch_size}")
-    last = len(dataset) % batch_size or batch_size
-    smallest = last if ragged_last else batch_size
-    if smallest < world_size:
-        raise ValueError(f"batch_size: a batch of {smallest} can't be shared by world_size={world_size}")
-    return Stream(
-        dataset=dataset,
-        batch_size=batch_size,
-        seed=seed,
-        shuffle=shuffle,
-        drop_last=drop_last,
-        ragged_last=ragged_last,
-        num_workers=num_workers,
-        prefetch_factor=prefetch_factor,
-        pin_memory=pin_memory,
-        collate_fn=collate_fn,
-        rank=rank,
-        world_size=world_size,
-    )
+stream = Stream
 
 
 def steps_per_epoch(num_samples: int, batch_size: int, *, drop_last: bool = False) -> int:

@@ -34,14 +34,6 @@ class Run:
     stop: Stop | None = None
 
 
-class _Keep:
-    def __repr__(self) -> str:
-        return "<unchanged>"
-
-
-_KEEP: Any = _Keep()
-
-
 def _view(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
     return mapping if type(mapping) is MappingProxyType else MappingProxyType(dict(mapping))
 
@@ -80,20 +72,7 @@ class TrainState:
     metrics: Mapping[str, Any] = attrs.field(factory=dict, converter=_view)
     run: Run = attrs.field(factory=Run)
 
-    def replace(
-        self,
-        *,
-        step: int = _KEEP,
-        position: int = _KEEP,
-        seed: int = _KEEP,
-        params: Mapping[str, Tensor] = _KEEP,
-        buffers: Mapping[str, Tensor] = _KEEP,
-        opt_state: Mapping[str, Mapping[str, PyTree]] = _KEEP,
-        hooks: Mapping[str, PyTree] = _KEEP,
-        extra: Mapping[str, PyTree] = _KEEP,
-        metrics: Mapping[str, Any] = _KEEP,
-        run: Run = _KEEP,
-    ) -> "TrainState":
+    def replace(self, **changes: Any) -> "TrainState":
         """Return a state with some fields changed; `attrs.evolve`, spelled out because it runs every step.
 
         Example:
@@ -101,18 +80,19 @@ class TrainState:
           >>> state.replace(extra={"note": "warm"}).extra["note"]
           'warm'
         """
-        return TrainState(
-            step=self.step if step is _KEEP else step,
-            position=self.position if position is _KEEP else position,
-            seed=self.seed if seed is _KEEP else seed,
-            params=self.params if params is _KEEP else params,
-            buffers=self.buffers if buffers is _KEEP else buffers,
-            opt_state=self.opt_state if opt_state is _KEEP else opt_state,
-            hooks=self.hooks if hooks is _KEEP else hooks,
-            extra=self.extra if extra is _KEEP else extra,
-            metrics=self.metrics if metrics is _KEEP else metrics,
-            run=self.run if run is _KEEP else run,
-        )
+        fields: dict[str, Any] = {
+            "step": self.step,
+            "position": self.position,
+            "seed": self.seed,
+            "params": self.params,
+            "buffers": self.buffers,
+            "opt_state": self.opt_state,
+            "hooks": self.hooks,
+            "extra": self.extra,
+            "metrics": self.metrics,
+            "run": self.run,
+        }
+        return TrainState(**(fields | changes))
 
     def advance(self, **changes: Any) -> "TrainState":
         """Return `replace(**changes)` with step and position one further: what a hand-written step returns."""

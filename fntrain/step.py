@@ -34,26 +34,55 @@ SKIPPED = MetricName("skipped", reduce="max", smooth="sum")
 _RESERVED = frozenset({"loss", "lr", "grad_norm", "skipped", "step"})
 
 
-@attrs.frozen(kw_only=True, eq=False)
+@attrs.frozen(eq=False)
 class SupervisedStep:
-    """A step function `(state, batch) -> state`; made by `supervised_step`, changed by `attrs.evolve`."""
+    """A pure step function from a model, a loss and an optimizer: `ft.supervised_step` is its name in use.
+
+    The model's train/eval flags are taken as they are. The default generators are seeded from (seed, step, rank).
+    Reports `loss`, each term of a dict of losses, `lr`, `grad_norm` and `skipped` in `state.metrics`.
+
+    Args:
+      model: its parameters and persistent buffers are lent the state's tensors for each call.
+      loss_fn: (model, batch) -> scalar tensor, dict of them (summed), or `ft.weighted(sum, weight)`.
+      optimizer: from `ft.optimizer`.
+      accumulate: number of micro-batches a batch is split into; exact for ragged ones, each weighs its samples.
+      clip_grad_norm: largest global 2-norm of the gradients; not together with `clip_grad_value`.
+      clip_grad_value: largest absolute value of a gradient element.
+      precision: "bf16" runs model and loss under autocast; "tf32" and "fp16" are kept for steps on a GPU.
+      on_nonfinite: "skip" keeps everything but the counters if loss or gradients are inf or nan; "raise" raises
+        NonFiniteError with the names; "allow" does not look (saves the norm when not clipping).
+      transform_grads: pure function of the gradients by name, before clipping; names left out are not updated.
+      weights: batch -> {term: denominator}, for a dict of loss *sums* with denominators of their own.
+      split: (batch, num) -> micro-batches, for batches that `ft.split_batch` can't split.
+    Raises:
+      ValueError, TypeError: an argument out of range or of the wrong kind; what the loss or the batch lacks.
+    Example:
+      >>> import fntrain as ft
+      >>> model = nn.Linear(2, 1)
+      >>> sgd = ft.optimizer(torch.optim.SGD, lr=0.1)
+      >>> step_fn = supervised_step(model, lambda model, batch: model(batch).square().mean(), sgd)
+      >>> state = step_fn(ft.init_state(model, sgd), torch.ones(4, 2))
+      >>> state.step, sorted(state.metrics)
+      (1, ['grad_norm', 'loss', 'lr', 'skipped'])
+    """
 
     model: nn.Module = attrs.field(repr=lambda model: type(model).__name__)
     loss_fn: LossFn
     optimizer: Optimizer
-    accumulate: int
-    clip_grad_norm: float | None
-    clip_grad_value: float | None
-    precision: str
-    on_nonfinite: str
-    transform_grads: TransformGrads | None
-    weights: WeightsFn | None
-    split: Callable[[Batch, int], Iterable[Batch]] | None
-    rank: int = 0
+    accumulate: int = attrs.field(default=1, kw_only=True)
+    clip_grad_norm: float | None = attrs.field(default=None, kw_only=True)
+    clip_grad_value: float | None = attrs.field(default=None, kw_only=True)
+    precision: Literal["fp32", "bf16", "tf32", "fp16"] = attrs.field(default="fp32", kw_only=True)
+    on_nonfinite: Literal["skip", "raise", "allow"] = attrs.field(default="skip", kw_only=True)
+    transform_grads: TransformGrads | None = attrs.field(default=None, kw_only=True)
+    weights: WeightsFn | None = attrs.field(default=None, kw_only=True)
+    split: Callable[[Batch, int], Iterable[Batch]] | None = attrs.field(default=None, kw_only=True)
+    rank: int = attrs.field(default=0, kw_only=True)
     slots: Slots = attrs.field(init=False, repr=False)
     bound: BoundOptimizer = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
+        self._check()
         object.__setattr__(self, "slots", Slots.of(self.model))
         detached = {name: param.detach() for name, param in self.slots.params.items()}
         object.__setattr__(self, "bound", self.optimizer.bind(detached))
@@ -70,6 +99,31 @@ class SupervisedStep:
             return self._body(state, batch, lambda: self.slots.written(lease, params, buffers))
         finally:
             self.slots.take_back(lease)
+
+    def _check(self) -> None:
+        optimizer: Any = self.optimizer
+        if not isinstance(optimizer, Optimizer):
+            got = type(optimizer).__name__
+            raise TypeError(f"optimizer: got {got}, expected ft.optimizer(torch.optim.AdamW, lr=...)")
+        whole("accumulate", self.accumulate, 1)
+        for name in ("loss_fn", "transform_grads", "weights", "split"):
+            fn = getattr(self, name)
+            if not callable(fn) and (fn is not None or name == "loss_fn"):
+                raise TypeError(f"{name}: got {type(fn).__name__}, expected a function")
+        for name in ("clip_grad_norm", "clip_grad_value"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: got {value!r}, expected a number > 0 or None")
+        if self.clip_grad_norm is not None and self.clip_grad_value is not None:
+            raise ValueError("clip_grad_norm and clip_grad_value: got both, expected at most one")
+        if self.precision in ("tf32", "fp16"):
+            raise ValueError(
+                f"precision: {self.precision!r} needs a step on a GPU, which is not there yet; use 'bf16' or 'fp32'"
+            )
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision: got {self.precision!r}, expected 'fp32' or 'bf16'")
+        if self.on_nonfinite not in ("skip", "raise", "allow"):
+            raise ValueError(f"on_nonfinite: got {self.on_nonfinite!r}, expected 'skip', 'raise' or 'allow'")
 
     def _check_model(self) -> None:
         """A layer put in after the step was made would never be trained."""
@@ -192,81 +246,7 @@ class SupervisedStep:
         return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def supervised_step(
-    model: nn.Module,
-    loss_fn: LossFn,
-    optimizer: Optimizer,
-    *,
-    accumulate: int = 1,
-    clip_grad_norm: float | None = None,
-    clip_grad_value: float | None = None,
-    precision: Literal["fp32", "bf16", "tf32", "fp16"] = "fp32",
-    on_nonfinite: Literal["skip", "raise", "allow"] = "skip",
-    transform_grads: TransformGrads | None = None,
-    weights: WeightsFn | None = None,
-    split: Callable[[Batch, int], Iterable[Batch]] | None = None,
-) -> SupervisedStep:
-    """Make a pure step function from a model, a loss and an optimizer.
-
-    The model's train/eval flags are taken as they are. The default generators are seeded from (seed, step, rank).
-    Reports `loss`, each term of a dict of losses, `lr`, `grad_norm` and `skipped` in `state.metrics`.
-
-    Args:
-      model: its parameters and persistent buffers are lent the state's tensors for each call.
-      loss_fn: (model, batch) -> scalar tensor, dict of them (summed), or `ft.weighted(sum, weight)`.
-      optimizer: from `ft.optimizer`.
-      accumulate: number of micro-batches a batch is split into; exact for ragged ones, each weighs its samples.
-      clip_grad_norm: largest global 2-norm of the gradients; not together with `clip_grad_value`.
-      clip_grad_value: largest absolute value of a gradient element.
-      precision: "bf16" runs model and loss under autocast; "tf32" and "fp16" are kept for steps on a GPU.
-      on_nonfinite: "skip" keeps everything but the counters if loss or gradients are inf or nan; "raise" raises
-        NonFiniteError with the names; "allow" does not look (saves the norm when not clipping).
-      transform_grads: pure function of the gradients by name, before clipping; names left out are not updated.
-      weights: batch -> {term: denominator}, for a dict of loss *sums* with denominators of their own.
-      split: (batch, num) -> micro-batches, for batches that `ft.split_batch` can't split.
-    Raises:
-      ValueError, TypeError: an argument out of range or of the wrong kind; what the loss or the batch lacks.
-    Example:
-      >>> import fntrain as ft
-      >>> model = nn.Linear(2, 1)
-      >>> sgd = ft.optimizer(torch.optim.SGD, lr=0.1)
-      >>> step_fn = supervised_step(model, lambda model, batch: model(batch).square().mean(), sgd)
-      >>> state = step_fn(ft.init_state(model, sgd), torch.ones(4, 2))
-      >>> state.step, sorted(state.metrics)
-      (1, ['grad_norm', 'loss', 'lr', 'skipped'])
-    """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer: got {type(optimizer).__name__}, expected ft.optimizer(torch.optim.AdamW, lr=...)")
-    given = {"transform_grads": transform_grads, "weights": weights, "split": split}
-    for name, fn in {"loss_fn": loss_fn, **{key: fn for key, fn in given.items() if fn is not None}}.items():
-        if not callable(fn):
-            raise TypeError(f"{name}: got {type(fn).__name__}, expected a function")
-    for name, value in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}: got {value!r}, expected a number > 0 or None")
-    if clip_grad_norm is not None and clip_grad_value is not None:
-        raise ValueError("clip_grad_norm and clip_grad_value: got both, expected at most one")
-    if precision in ("tf32", "fp16"):
-        raise ValueError(
-            f"precision: {precision!r} needs a step on a GPU, which is not there yet; use 'bf16' or 'fp32'"
-        )
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f"precision: got {precision!r}, expected 'fp32' or 'bf16'")
-    if on_nonfinite not in ("skip", "raise", "allow"):
-        raise ValueError(f"on_nonfinite: got {on_nonfinite!r}, expected 'skip', 'raise' or 'allow'")
-    return SupervisedStep(
-        model=model,
-        loss_fn=loss_fn,
-        optimizer=optimizer,
-        accumulate=whole("accumulate", accumulate, 1),
-        clip_grad_norm=clip_grad_norm,
-        clip_grad_value=clip_grad_value,
-        precision=precision,
-        on_nonfinite=on_nonfinite,
-        transform_grads=transform_grads,
-        weights=weights,
-        split=split,
-    )
+supervised_step = SupervisedStep
 
 
 def _copied(term: Tensor) -> Tensor:

@@ -61,7 +61,8 @@ def evaluation(
         re-iterable of batches.
       batch_size, num_workers: how a data set is read.
     Raises:
-      ValueError: (when called) the data is empty.
+      TypeError: the data can be read only once, or (when called) fn returns no dict.
+      ValueError: (when called) the data is empty, or a result is no number.
     Example:
       >>> model = torch.nn.Linear(1, 1)
       >>> error = lambda model, batch: {"mse": model(batch).square().mean()}

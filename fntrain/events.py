@@ -95,6 +95,7 @@ def put_scalar(name: str, value: Scalar | int, *, reduce: Reduce = "mean", smoot
       smooth: False for what should be shown as it is rather than as a median over the last steps.
     Raises:
       RuntimeError: called outside of a step.
+      TypeError: no number.
       ValueError: a tensor with more than one element, or an unknown `reduce`.
     Example:
       >>> with collecting() as collector:
@@ -133,6 +134,9 @@ def put_scalars(values: Mapping[str, Scalar | int], *, reduce: Reduce = "mean", 
 def put_image(name: str, image: Tensor) -> None:
     """Report an image of shape (channels, height, width), floats in [0, 1] or uint8; the last of a step is kept.
 
+    Raises:
+      ValueError: another shape.
+      RuntimeError: called outside of a step.
     Example:
       >>> with collecting() as collector:
       ...     put_image("input", torch.zeros(1, 8, 8))

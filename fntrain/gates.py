@@ -16,6 +16,8 @@ from fntrain.hook import AnyHook, Gated, Predicate, compose, flatten
 def every(n: int, hook: AnyHook) -> AnyHook:
     """Run a hook's step callbacks at every n-th step only: when n divides the number of the step (from 1).
 
+    Raises:
+      ValueError: n is no whole number >= 1.
     Example:
       >>> h = ft.hook(after_step=print)
       >>> every(4, every(6, h)) == every(12, h)
@@ -28,6 +30,8 @@ def every(n: int, hook: AnyHook) -> AnyHook:
 def first(n: int, hook: AnyHook) -> AnyHook:
     """Run a hook's step callbacks in the first n steps only.
 
+    Raises:
+      ValueError: n is no whole number >= 1.
     Example:
       >>> h = ft.hook(after_step=print)
       >>> first(3, h) == between(1, 3, h)
@@ -40,6 +44,8 @@ def first(n: int, hook: AnyHook) -> AnyHook:
 def between(a: int, b: int, hook: AnyHook) -> AnyHook:
     """Run a hook's step callbacks from step a to step b, both included.
 
+    Raises:
+      ValueError: a is less than 1, or b less than a.
     Example:
       >>> h = ft.hook(after_step=print)
       >>> between(2, 9, between(5, 20, h)) == between(5, 9, h)
@@ -58,6 +64,7 @@ def when(predicate: Predicate, hook: AnyHook) -> AnyHook:
     """Run a hook's step callbacks when `predicate(state)` holds, asked for each hook on its own.
 
     Raises:
+      TypeError: the predicate can't be called.
       ValueError: the hook communicates between ranks: ranks that disagree would wait for each other for ever.
     Example:
       >>> when(lambda state: state.metrics["loss"] < 1, ft.hook(after_step=print))

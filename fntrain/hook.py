@@ -155,6 +155,8 @@ def stateful(name: str, init: PyTree | Callable[[TrainState], PyTree], **callbac
       name: unique in a run; the memory is found under it on resume.
       init: memory at the start of a run, or a function of the state that makes it.
       callbacks: as for `hook`.
+    Raises:
+      ValueError: the name is empty.
     Example:
       >>> def count(state):
       ...     return ft.remember(state, "count", state.hooks["count"] + 1)

@@ -53,6 +53,8 @@ def group(select: Select, *, frozen: bool = False, lr_scale: float = 1.0, **opti
       frozen: do not train these: no gradient is computed, no state kept.
       lr_scale: factor on the learning rate; factors of several matching groups multiply.
       options: keyword arguments of the optimizer class, lr included.
+    Raises:
+      TypeError: `select` is neither a string nor a function.
     Example:
       >>> group("*.bias", weight_decay=0.0)
       group('*.bias', weight_decay=0.0)
@@ -178,7 +180,9 @@ def optimizer(
       groups: options for some of the parameters, see `group`.
       options: keyword arguments of the class; one that is a schedule is evaluated at every step too.
     Raises:
-      TypeError: `cls` is no optimizer class, needs a closure (LBFGS) or sparse gradients (SparseAdam).
+      TypeError: `cls` is no optimizer class, needs a closure (LBFGS) or sparse gradients (SparseAdam); `lr` is no
+        number, tensor or schedule.
+      ValueError: a group has an option that the class has not.
     Example:
       >>> optimizer(torch.optim.AdamW, lr=1e-3, groups=[group("*bias", lr_scale=2.0)], weight_decay=0.1)
       optimizer(AdamW, lr=0.001, weight_decay=0.1, groups=[group('*bias', lr_scale=2.0)])

@@ -92,6 +92,8 @@ def exponential(start: float, *, gamma: float) -> Schedule:
 def multistep(start: float, *, milestones: Iterable[int], gamma: float = 0.1) -> Schedule:
     """Multiply by `gamma` at each milestone (a step count).
 
+    Raises:
+      ValueError: milestones out of order.
     Example:
       >>> [multistep(1.0, milestones=(2, 3), gamma=0.5)(step) for step in range(4)]
       [1.0, 1.0, 0.5, 0.25]
@@ -127,6 +129,9 @@ def inverse_sqrt(peak: float, *, warmup_steps: int) -> Schedule:
 def join(*pieces: "tuple[int, Schedule] | Schedule") -> Schedule:
     """Put schedules one after another: each (num_steps, schedule) runs from its own step 0, the last one for ever.
 
+    Raises:
+      TypeError: not pairs with a schedule at the end.
+      ValueError: a number of steps that is not positive.
     Example:
       >>> warm_stable = join((2, linear(0.0, 1.0, total_steps=2)), constant(1.0))
       >>> [warm_stable(step) for step in range(4)]
@@ -157,6 +162,8 @@ def warmup_cosine(peak: float, *, warmup_steps: int, total_steps: int, end: floa
 
     Step 0 has value peak / (warmup_steps + 1) rather than 0, so that the first update is not lost.
 
+    Raises:
+      ValueError: warmup_steps is not less than total_steps.
     Example:
       >>> [round(warmup_cosine(1.0, warmup_steps=3, total_steps=7)(step), 3) for step in (0, 2, 3, 5, 7)]
       [0.25, 0.75, 1.0, 0.5, 0.0]

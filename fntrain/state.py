@@ -42,8 +42,8 @@ def _view(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
 class TrainState:
     """All that the next step depends on, plus what the last step reported.
 
-    Mappings are read-only views; the tensors in them must not be written to. `==` and `digest` cover the saved
-    fields (all but `metrics` and `run`) and hold exactly when every leaf is bitwise equal.
+    Mappings are read-only views (of their first level); the tensors in them must not be written to. `==` and `digest`
+    cover the saved fields (all but `metrics` and `run`) and hold exactly when every leaf is bitwise equal.
 
     Args:
       step: completed calls of the step function; a skipped update counts too.

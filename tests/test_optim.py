@@ -10,6 +10,7 @@ from cases import same
 import fntrain as ft
 
 PARAMS = {"w": (4, 3), "b": (3,), "g": (5, 2)}
+SHAPES = {**PARAMS, "c": (3,)}
 CLASSES = {
     name: cls
     for name, cls in vars(torch.optim).items()
@@ -43,7 +44,7 @@ CASES = [(name, kwargs) for name in CLASSES for kwargs in options(name)]
 
 def tensors(seed, names):
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(PARAMS[name], generator=generator) for name in names}
+    return {name: torch.randn(SHAPES[name], generator=generator) for name in names}
 
 
 def names_for(name):
@@ -124,8 +125,7 @@ def test_update_leaves_its_arguments_as_they_were(name):
 
 def test_the_law_fails_for_state_kept_by_position():
     """The comparison with the class notices optimizer state given to the wrong parameter."""
-    params = {"a": torch.randn(3), "b": torch.randn(3)}
-    PARAMS.update({"a": (3,), "b": (3,)})
+    params = {"b": torch.ones(3), "c": torch.zeros(3)}
     optimizer = ft.optimizer(torch.optim.Adam, lr=0.1)
     right = by_update(optimizer, params, 3)
     wrong = by_update(optimizer, params, 3, broken.update_by_position)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import MODELS, batches, make, same, square_loss
 from hypothesis import given
-from hypothesis import strategies as st
+from strategies import TREES
 from torch import nn
 
 import fntrain as ft
@@ -25,23 +25,6 @@ def state(**fields):
         "extra": {"ema": [torch.zeros(2), 0.5]},
     }
     return ft.TrainState(**base | fields)
-
-
-SCALARS = st.one_of(st.integers(-9, 9), st.floats(allow_nan=True), st.booleans(), st.none(), st.text(max_size=3))
-TENSORS = st.builds(
-    lambda values, dtype: torch.tensor(values).to(dtype),
-    st.lists(st.floats(-4, 4, width=16), max_size=3),
-    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool]),
-)
-TREES = st.recursive(
-    st.one_of(SCALARS, TENSORS),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3),
-        st.lists(inner, max_size=3).map(tuple),
-        st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    ),
-    max_leaves=6,
-)
 
 
 @given(TREES, TREES)

@@ -46,6 +46,9 @@ def evaluate(
       every: number of steps between two.
       prefix: put before every name.
       name: unique in a run.
+    Raises:
+      TypeError: `fn` can't be called, or (in the run) returns no dict.
+      ValueError: `every` is not positive, or (in the run) a result is no number.
     Example:
       >>> def step_fn(state, batch):
       ...     return state.advance(metrics={})

@@ -47,6 +47,7 @@ def write_metrics(
       name: unique in a run.
     Raises:
       ValueError: `every` or `window` is not positive.
+      TypeError: a writer has no `open`.
     Example:
       >>> write_metrics(ft.writers.console(), every=20)
       WriteMetrics(writers=(Console(),), every=20, window=20)

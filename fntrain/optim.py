@@ -143,7 +143,10 @@ class Optimizer:
             options = self._options(matches) | {key: fn(0) for key, fn in hyper.items()}
             torch_groups.append({**options, "params": [params[name] for name in names]})
         template = self.cls(torch_groups, **{key: torch_groups[0][key] for key in ("lr", *self.options)})
-        return BoundOptimizer(template, tuple(map(tuple, members.values())), tuple(scheduled), frozenset(frozen))
+        options = [item for group in template.param_groups for item in group.items()]
+        tensors = tuple(sorted({key for key, value in options if isinstance(value, Tensor)}))
+        names = tuple(map(tuple, members.values()))
+        return BoundOptimizer(template, names, tuple(scheduled), frozenset(frozen), tensors)
 
     def _options(self, matches: Sequence[int]) -> dict[str, Any]:
         merged = {"lr": self.lr, **self.options}
@@ -213,6 +216,7 @@ class BoundOptimizer:
     names: tuple[tuple[str, ...], ...]
     scheduled: tuple[dict[str, Callable[[int], Any]], ...]
     frozen: frozenset[str]
+    tensors: tuple[str, ...]  # options of the groups that are tensors
     seen: list[bool] = attrs.field(factory=list, init=False)  # holds something once the class has been looked at
 
     def apply_(
@@ -225,40 +229,46 @@ class BoundOptimizer:
         Returns:
           the new optimizer state, made of the tensors given and those the class created.
         """
+        lent = self._lend(leaves, opt_state, step)
+        before = [dict(group) for group in lent.param_groups]
+        for name, leaf in leaves.items():
+            if name not in opt_state and leaf.grad is not None:
+                check_dense(name, leaf.grad)
+        marks = None if self.seen else _marks(lent)  # the first update shows where the class keeps its memory
+        _unwrapped_step(type(lent))(lent)
+        if marks is not None:
+            if changed := sorted(_marks(lent) ^ marks):
+                raise TypeError(
+                    f"{type(lent).__name__}: its step changes {changed[0][0]}, outside of the state of a parameter and "
+                    "of numbers and tensors in `param_groups`; it can't be used as a pure function"
+                )
+            self.seen.append(True)
+        return self._collect(leaves, opt_state, lent, before)
+
+    def _lend(
+        self, leaves: Mapping[str, Tensor], opt_state: Mapping[str, dict[str, PyTree]], step: int
+    ) -> torch.optim.Optimizer:
+        """A shallow copy of the template that holds these tensors, schedules evaluated, memory of groups put back."""
         lent = object.__new__(type(self.template))
         lent.__dict__.update(self.template.__dict__)
         lent.state = defaultdict(dict)
         lent.param_groups = []
-        for names, group_, hyper in zip(self.names, self.template.param_groups, self.scheduled, strict=True):
-            mine = {**group_, "params": [leaves[name] for name in names]}
+        for names, group, hyper in zip(self.names, self.template.param_groups, self.scheduled, strict=True):
+            mine = {**group, "params": [leaves[name] for name in names]}
+            for key in self.tensors:
+                mine[key] = tree.clone(mine[key])  # the template's own must not be written to
             for key, fn in hyper.items():
                 mine[key] = fn(step)
-            mine |= {
-                key: value.clone() for key, value in mine.items() if isinstance(value, Tensor)
-            }  # not the template's
-            memory = _group_memory(opt_state, names)
-            mine |= memory
             for name in names:
                 if own := opt_state.get(name):
                     lent.state[leaves[name]] = own
-            if memory:  # the class asks whether a parameter's state is empty
-                own = {key: v for key, v in opt_state[names[0]].items() if not key.startswith(_GROUP_PREFIX)}
+            if memory := _group_memory(opt_state, names):
+                mine |= memory
+                # The class asks whether a parameter's state is empty: what is the group's does not count.
+                own = {key: value for key, value in opt_state[names[0]].items() if not key.startswith(_GROUP_PREFIX)}
                 lent.state[leaves[names[0]]] = own
             lent.param_groups.append(mine)
-        before = [dict(one) for one in lent.param_groups]
-        versions = [{k: v._version for k, v in one.items() if isinstance(v, Tensor)} for one in before]
-        for name, leaf in leaves.items():
-            if leaf.grad is not None and name not in opt_state:
-                check_dense(name, leaf.grad)
-        marks = None if self.seen else _marks(lent)  # the first update shows where the class keeps its memory
-        _unwrapped_step(type(lent))(lent)
-        if marks is not None and (changed := sorted(_marks(lent) ^ marks)):
-            raise TypeError(
-                f"{type(lent).__name__}: its step changes {changed[0][0]}, outside of the state of a parameter and of "
-                "numbers and tensors in `param_groups`; it can't be used as a pure function"
-            )
-        self.seen.append(True)
-        return self._collect(leaves, opt_state, lent, before, versions)
+        return lent
 
     def _collect(
         self,
@@ -266,20 +276,19 @@ class BoundOptimizer:
         opt_state: Mapping[str, dict[str, PyTree]],
         lent: torch.optim.Optimizer,
         before: list[dict[str, Any]],
-        versions: list[dict[str, int]],
     ) -> dict[str, Mapping[str, PyTree]]:
+        """The optimizer's state by name, and what it changed in a group under the group's first parameter."""
         after: dict[str, Mapping[str, PyTree]] = {n: opt_state[n] for n in self.frozen if n in opt_state}
-        for names, group_, old, version in zip(self.names, lent.param_groups, before, versions, strict=True):
+        for names, group, old in zip(self.names, lent.param_groups, before, strict=True):
             for name in names:
                 if own := lent.state.get(leaves[name]):
                     after[name] = own
-            memory = _group_memory(opt_state, names)
-            for key, value in group_.items():
-                written = key in version and value._version != version[key]
-                if key != "params" and (written or value is not old.get(key)):
-                    memory[key] = value
-            if memory:
-                after[names[0]] = {**after.get(names[0], {}), **{_GROUP_PREFIX + k: v for k, v in memory.items()}}
+            changed = {key for key, value in group.items() if value is not old.get(key)}
+            changed |= {key for key in self.tensors if getattr(group[key], "_version", 0)}  # a clone starts at 0
+            kept = changed | _group_memory(opt_state, names).keys()
+            if kept := kept - {"params"}:
+                memory = {_GROUP_PREFIX + key: group[key] for key in kept}
+                after[names[0]] = {**after.get(names[0], {}), **memory}
         return after
 
 

@@ -89,7 +89,7 @@ class SupervisedStep:
         self.bound.template.state.clear()  # what Adagrad and others make at once is of use to init only
 
     def __call__(self, state: TrainState, batch: Batch) -> TrainState:
-        if not state.opt_state:
+        if state.step == 0 or not self.bound.seen:
             self._check_model()
         if state.params.keys() != self.slots.params.keys() or state.buffers.keys() != self.slots.buffer_names:
             self.slots.check(state)

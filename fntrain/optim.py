@@ -143,10 +143,9 @@ class Optimizer:
             options = self._options(matches) | {key: fn(0) for key, fn in hyper.items()}
             torch_groups.append({**options, "params": [params[name] for name in names]})
         template = self.cls(torch_groups, **{key: torch_groups[0][key] for key in ("lr", *self.options)})
-        options = [item for group in template.param_groups for item in group.items()]
-        tensors = tuple(sorted({key for key, value in options if isinstance(value, Tensor)}))
+        tensors = {key for one in template.param_groups for key, value in one.items() if isinstance(value, Tensor)}
         names = tuple(map(tuple, members.values()))
-        return BoundOptimizer(template, names, tuple(scheduled), frozenset(frozen), tensors)
+        return BoundOptimizer(template, names, tuple(scheduled), frozenset(frozen), tuple(sorted(tensors)))
 
     def _options(self, matches: Sequence[int]) -> dict[str, Any]:
         merged = {"lr": self.lr, **self.options}

@@ -186,7 +186,7 @@ class SupervisedStep:
             part.total.backward()  # type: ignore[no-untyped-call]
             total = part.total.detach()
             terms = {name: total if term is part.total else _copied(term) for name, term in part.terms.items()}
-            parts.append((attrs.evolve(part, terms=terms, total=total), collector))
+            parts.append((Objective(terms, total, part.weight, part.divide, part.counts), collector))
         return parts
 
     def _reduced_leaves(self, parts: list[tuple[Objective, Collector]]) -> dict[str, Tensor]:

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 import attrs
 
 from fntrain import gates
-from fntrain import hook as hooks
 from fntrain.check import whole
 from fntrain.errors import CheckpointError
+from fntrain.hook import AnyHook, Hook, hook, resource
 from fntrain.shell import checkpoint as files
 from fntrain.state import TrainState
 
@@ -22,8 +22,8 @@ class Checkpoint:
     keep_last: int | None
 
     @contextmanager
-    def __call__(self) -> Iterator[hooks.Hook]:
-        yield hooks.hook(before_train=self.check, after_step=self.save)
+    def __call__(self) -> Iterator[Hook]:
+        yield hook(before_train=self.check, after_step=self.save)
 
     def check(self, state: TrainState) -> None:
         """Refuse a directory that can't be written, or whose newest checkpoint this run would not be resumed from."""
@@ -45,7 +45,7 @@ class Checkpoint:
 
 def checkpoint(
     directory: str | os.PathLike[str], *, every: int, keep_last: int | None = None, name: str = "checkpoint"
-) -> hooks.AnyHook:
+) -> AnyHook:
     """Save the state every n steps and at the end of training; list it after every hook that has memory.
 
     Args:
@@ -62,4 +62,4 @@ def checkpoint(
     """
     keep_last = keep_last if keep_last is None else whole("keep_last", keep_last, 1)
     record = Checkpoint(os.fspath(directory), keep_last)
-    return gates.at_end(gates.every(every, hooks.resource(record, name=name, saves=True)))
+    return gates.at_end(gates.every(every, resource(record, name=name, saves=True)))

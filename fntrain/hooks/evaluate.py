@@ -7,8 +7,8 @@ import attrs
 from torch import Tensor
 
 from fntrain import gates
-from fntrain import hook as hooks
 from fntrain.events import MetricName
+from fntrain.hook import AnyHook, hook
 from fntrain.state import TrainState
 
 
@@ -34,7 +34,7 @@ class Evaluate:
 
 def evaluate(
     fn: Callable[[TrainState], Mapping[str, float]], *, every: int, prefix: str = "eval/", name: str = "evaluate"
-) -> hooks.AnyHook:
+) -> AnyHook:
     """Run a function of the state every n steps and after the last one, and report its results.
 
     Whatever their period, writers write every result at its own step. List it before `write_metrics` and before
@@ -61,5 +61,5 @@ def evaluate(
     """
     if not callable(fn):
         raise TypeError(f"fn: got {type(fn).__name__}, expected a function of the state, such as ft.evaluation(...)")
-    reporting = hooks.hook(after_step=Evaluate(fn, prefix), name=name)
+    reporting = hook(after_step=Evaluate(fn, prefix), name=name)
     return gates.at_end(gates.every(every, attrs.evolve(reporting, reports=True)))

@@ -10,8 +10,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from fntrain import hook as hooks
 from fntrain.check import whole
+from fntrain.hook import AnyHook, Hook, hook, resource
 from fntrain.state import TrainState
 from fntrain.writers import Row, Writer, WriteRow
 
@@ -25,15 +25,15 @@ class WriteMetrics:
     window: int
 
     @contextmanager
-    def __call__(self) -> Iterator[hooks.Hook]:
+    def __call__(self) -> Iterator[Hook]:
         with ExitStack() as stack:
             live = _Live(self, stack)
-            yield hooks.hook(after_step=live.record, after_train=live.finish)
+            yield hook(after_step=live.record, after_train=live.finish)
 
 
 def write_metrics(
     writers: Writer | Sequence[Writer], *, every: int = 20, window: int = 20, name: str = "write_metrics"
-) -> hooks.AnyHook:
+) -> AnyHook:
     """Write the metrics of the steps every n steps and after the last one; list it after hooks that report.
 
     A metric is shown as the median of its values in the last `window` steps; learning rates and other unsmoothed ones
@@ -61,7 +61,7 @@ def write_metrics(
             raise TypeError(
                 f"writers: got {type(writer).__name__}, expected ft.writers.default(...) or records with `open`"
             )
-    return hooks.resource(WriteMetrics(several, every, window), name=name, writes=True)
+    return resource(WriteMetrics(several, every, window), name=name, writes=True)
 
 
 class _Live:

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import attrs
 
 from fntrain import gates
-from fntrain import hook as hooks
 from fntrain.errors import MissingExtraError
+from fntrain.hook import AnyHook, Hook, hook, resource
 from fntrain.state import TrainState
 
 
@@ -16,7 +16,7 @@ class ProgressBar:
     """The hook's value; called, it gives the live one, which holds the bar."""
 
     @contextmanager
-    def __call__(self) -> Iterator[hooks.Hook]:
+    def __call__(self) -> Iterator[Hook]:
         try:
             from tqdm.auto import tqdm
         except ImportError as error:
@@ -30,10 +30,10 @@ class ProgressBar:
             def after_step(state: TrainState) -> None:
                 bar.update(state.step - bar.n)  # also right after a roll-back
 
-            yield hooks.hook(before_train=before_train, after_step=after_step)
+            yield hook(before_train=before_train, after_step=after_step)
 
 
-def progress_bar(*, name: str = "progress_bar") -> hooks.AnyHook:
+def progress_bar(*, name: str = "progress_bar") -> AnyHook:
     """Show a progress bar over the steps; needs the extra `cli`.
 
     Raises:
@@ -42,4 +42,4 @@ def progress_bar(*, name: str = "progress_bar") -> hooks.AnyHook:
       >>> progress_bar()
       on_main(ProgressBar())
     """
-    return gates.on_main(hooks.resource(ProgressBar(), name=name))
+    return gates.on_main(resource(ProgressBar(), name=name))

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from fntrain import hook as hooks
+from fntrain.hook import AnyHook, Hook, hook, resource
 from fntrain.state import TrainState
 
 
@@ -16,7 +16,7 @@ class IterationTimer:
     """The hook's value; called, it gives the live one, which holds the clock."""
 
     @contextmanager
-    def __call__(self) -> Iterator[hooks.Hook]:
+    def __call__(self) -> Iterator[Hook]:
         clock = {"step_end": time.perf_counter(), "data": 0.0, "step_start": 0.0}
 
         def wrap_data(batches: Iterator[Any]) -> Iterator[Any]:
@@ -43,10 +43,10 @@ class IterationTimer:
             clock["step_end"] = now
             return state.replace(metrics={**state.metrics, **times})
 
-        yield attrs.evolve(hooks.hook(before_step=before_step, after_step=after_step), wrap_data=wrap_data)
+        yield attrs.evolve(hook(before_step=before_step, after_step=after_step), wrap_data=wrap_data)
 
 
-def iteration_timer(*, name: str = "iteration_timer") -> hooks.AnyHook:
+def iteration_timer(*, name: str = "iteration_timer") -> AnyHook:
     """Report how long steps take, in seconds; list it first.
 
     `time/step` is the step function, `time/data` the wait for the batch, `time/total` from step to step with data and
@@ -61,4 +61,4 @@ def iteration_timer(*, name: str = "iteration_timer") -> hooks.AnyHook:
 
     Source: detectron2's IterationTimer
     """
-    return hooks.resource(IterationTimer(), name=name, reports=True)
+    return resource(IterationTimer(), name=name, reports=True)

@@ -199,7 +199,10 @@ class _Seeded:
         with preserved_generators():
             read = [self._read(*sample) for sample in samples]
             seed_generators(self.seed, _USE_COLLATE, *samples[0])
-            return self.collate(read)
+            try:
+                return self.collate(read)
+            except StopIteration as error:  # would end the stream, silently
+                raise RuntimeError(f"collate_fn: raised StopIteration, on a batch from {samples[0]}") from error
 
     def _read(self, epoch: int, index: int) -> Any:
         seed_generators(self.seed, _USE_SAMPLE, epoch, index)

@@ -203,7 +203,7 @@ def _finish(live: list[Gated], ran: dict[int, int], state: TrainState, error: Ba
 
 def _close(opened: list[AbstractContextManager[Any]], batches: Batches | None, error: BaseException | None) -> None:
     """Close data and resources, last opened first, all of them; the first error wins."""
-    first = error
+    first = None if isinstance(error, GeneratorExit) else error  # leaving early is no error to hide one behind
     closers: list[Callable[[], Any]] = [
         partial(manager.__exit__, type(error) if error else None, error, getattr(error, "__traceback__", None))
         for manager in opened

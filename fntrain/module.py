@@ -189,6 +189,7 @@ class Slots:
         for name, param in self.params.items():
             if param.data_ptr() != params[name].data_ptr():
                 params[name] = param.detach().clone()
+        lent = dict(buffers)  # a shared one assigned in one place only must not be undone by the others
         for (place, owner, key), (_, _, buffer, _) in zip(self.places, lease.buffers, strict=True):
             value = owner[key]
             if place is None or (value is None and buffer is None):
@@ -198,7 +199,7 @@ class Slots:
                     f"model: buffer {place!r} went from {_kind(buffer)} to {_kind(value)} in a step; register it as a "
                     "tensor from the start, or with persistent=False if it is scratch memory"
                 )
-            if value is not buffer or value.data_ptr() != buffers[place].data_ptr():
+            if value is not buffer or value.data_ptr() != lent[place].data_ptr():
                 buffers[place] = value.detach().clone()
         return params, buffers
 

@@ -254,10 +254,10 @@ class BoundOptimizer:
         lent.param_groups = []
         for names, group, hyper in zip(self.names, self.template.param_groups, self.scheduled, strict=True):
             mine = {**group, "params": [leaves[name] for name in names]}
-            for key in self.tensors:
-                mine[key] = tree.clone(mine[key])  # the template's own must not be written to
             for key, fn in hyper.items():
                 mine[key] = fn(step)
+            for key in self.tensors:  # the template's own, and a schedule's, must not be written to
+                mine[key] = tree.map_tensors(torch.clone, mine[key])
             for name in names:
                 if own := opt_state.get(name):
                     lent.state[leaves[name]] = own

@@ -184,7 +184,7 @@ class SupervisedStep:
                 output = self.loss_fn(self.model, micro_batch)
             part = objective(output, micro_batch, alone=len(micro_batches) == 1, denominators=denominators)
             part.total.backward()  # type: ignore[no-untyped-call]
-            total = part.total.detach()
+            total = _copied(part.total)
             terms = {name: total if term is part.total else _copied(term) for name, term in part.terms.items()}
             parts.append((Objective(terms, total, part.weight, part.divide, part.counts), collector))
         return parts

@@ -346,3 +346,16 @@ def test_memory_that_can_not_be_carried_is_refused(cls, what):
     params = {"w": torch.ones(1)}
     with pytest.raises(TypeError, match=what):
         optimizer.update(params, {"w": torch.ones(1)}, optimizer.init(params), step=0)
+
+
+def test_a_tensor_from_a_schedule_does_not_stick(monkeypatch):
+    """A rate that is a tensor written to before (a table filled in place) is no memory of the class; nor is a clone."""
+    table = torch.empty(100)
+    table[:] = torch.linspace(1, 0.01, 100)
+    optimizer, opt_state = ft.optimizer(torch.optim.SGD, lr=lambda step: table[step]), {}
+    for step in (0, 30):
+        params, opt_state = optimizer.update({"w": torch.zeros(1)}, {"w": torch.ones(1)}, opt_state, step=step)
+        assert (params["w"].item(), opt_state) == (pytest.approx(-table[step].item()), {})
+    monkeypatch.delattr(torch, "_foreach_clone", raising=False)  # as in torch 2.11
+    constant = ft.optimizer(torch.optim.SGD, lr=torch.tensor(0.1))
+    assert constant.update({"w": torch.zeros(1)}, {"w": torch.ones(1)}, {}, step=0)[1] == {}

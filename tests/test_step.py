@@ -628,3 +628,24 @@ def test_arrays_and_lists_of_numbers_are_split_too():
     assert [(part["y"].tolist(), part["z"]) for part in parts] == [([0, 1], [1, 2]), ([2, 3], [3, 4])]
     with pytest.raises(ValueError, match=r"batch\['z'\]: has 3 samples"):
         ft.split_batch({"x": torch.ones(4, 2), "z": [1, 2, 3]}, 2)
+
+
+def test_a_shared_buffer_assigned_in_one_place_is_kept():
+    """A buffer registered twice and assigned through either place is in the next state."""
+
+    class Holder(nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            self.register_buffer("n", shared)
+
+    for place in ("a", "b"):
+        shared, model = torch.zeros(1), make("mlp")
+        model.a, model.b = Holder(shared), Holder(shared)
+
+        def loss_fn(model, batch, place=place):
+            holder = getattr(model, place)
+            holder.n = holder.n + 1
+            return model[2](torch.tanh(model[0](batch))).square().mean()
+
+        step_fn = ft.supervised_step(model, loss_fn, SGD)
+        assert run(model, step_fn, batches("mlp", 3))[-1].buffers["a.n"] == 3

@@ -688,3 +688,25 @@ def test_a_roll_back_takes_its_measurements_along():
     step_fn = lambda state, batch: state.advance(metrics={"loss": float("nan") if state.position == 4 else 1.0})  # noqa: E731
     fit(step_fn, [ft.hook(after_step=back), ft.hooks.write_metrics(recorder, every=4)], 8)
     assert [(row.step, row.scalars["loss"]) for row in recorder.rows][-2:] == [(4, 1.0), (8, 1.0)]
+
+
+def test_the_last_row_after_a_roll_back_has_no_abandoned_steps():
+    """Going back to the state of step 5 and stopping writes what was measured up to step 5."""
+    recorder, kept = Recorder(), {}
+    count = ft.events.MetricName("n", smooth="sum")
+
+    def back(state):
+        kept.setdefault(state.step, state)
+        return ft.stop(kept[5], "best") if state.step == 9 else None
+
+    step_fn = lambda state, batch: state.advance(metrics={"loss": float(state.step + 1), count: 1.0})  # noqa: E731
+    fit(step_fn, [ft.hooks.write_metrics(recorder, every=100), ft.hook(after_step=back)], 50)
+    assert [(row.step, dict(row.scalars)) for row in recorder.rows] == [(5, {"loss": 3.0, "n": 5.0})]
+
+
+def test_the_latest_value_is_written_however_long_ago():
+    """An unsmoothed value reported once in a long period is in the row of that period."""
+    recorder, latest = Recorder(), ft.events.MetricName("x", smooth="latest")
+    step_fn = lambda state, batch: state.advance(metrics={latest: 7.0} if state.step == 24 else {"loss": 1.0})  # noqa: E731
+    fit(step_fn, [ft.hooks.write_metrics(recorder, every=50, window=20)], 50)
+    assert recorder.rows[-1].scalars["x"] == 7.0

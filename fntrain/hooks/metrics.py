@@ -86,9 +86,8 @@ class _Live:
     def record(self, state: TrainState) -> None:
         if not self.writes and self.settings.writers:
             self.open(state)
-        if state.step <= self.newest:  # rolled back: what was measured since is of no step any more
-            self.windows.clear()
-            self.written = state.step - 1
+        if state.step <= self.newest:
+            self.forget(state.step - 1)
         self.newest = state.step
         self.collect(state)
         if state.step == state.run.max_steps:
@@ -98,10 +97,22 @@ class _Live:
         elif self.each:
             self.write_each(state)  # at once: kept until the next period, a kill would lose it
 
+    def forget(self, step: int) -> None:
+        """Drop what was measured after a step: the run was rolled back to it."""
+        for values in self.windows.values():
+            while values and values[-1][0] > step:
+                values.pop()
+        self.each = {key: value for key, value in self.each.items() if key[0] <= step}
+        self.media = {at: media for at, media in self.media.items() if at <= step}
+        self.written = min(self.written, step)
+
     def finish(self, state: TrainState) -> None:
         """Write what is left, with what hooks reported after the last step."""
         if self.newest >= 0 and state.step > state.run.start_step:
-            last = self.last
+            rolled_back = state.step < self.newest
+            if rolled_back:
+                self.forget(state.step - 1)
+            last = {} if rolled_back or state.step > self.newest else self.last
             new = {name: value for name, value in state.metrics.items() if value is not last.get(name)}
             self.collect(state.replace(metrics=new))
             self.write(state)
@@ -123,8 +134,8 @@ class _Live:
     def write(self, state: TrainState) -> None:
         """One row per step that has results of its own, and one for the period."""
         for name, values in self.windows.items():
-            total = getattr(name, "smooth", "") == "sum"
-            while values and values[0][0] <= (self.written if total else state.step - self.settings.window):
+            windowed = getattr(name, "smooth", "median") == "median"
+            while values and values[0][0] <= (state.step - self.settings.window if windowed else self.written):
                 values.popleft()
         recent = {name: values for name, values in self.windows.items() if values and values[-1][0] > self.written}
         numbers = iter(_to_host([*self.each.values(), *(value for values in recent.values() for _, value in values)]))

@@ -1,6 +1,6 @@
 """Norm, clipping and layout of gradients; norm and clipping are bitwise those of torch.nn.utils, without its set-up.
 
-On the CPU the decision to clip is a host branch (46 us against 244 for clip_grad_norm_ on a small MLP); on a GPU the
+On the CPU the decision to clip is a host branch (10 us against 35 for clip_grad_norm_ on a small MLP); on a GPU the
 coefficient stays on the device and nothing waits for it.
 """
 

@@ -4,9 +4,16 @@ Training is a pure fold, state_n = reduce(step_fn, batches, state_0), over a ste
 `(TrainState, batch) -> TrainState` on immutable records; everything else is built around that line.
 """
 
-from fntrain import data, events, hooks, schedules, writers
+from fntrain import data, events, hooks, schedules, shell, writers
 from fntrain.batch import num_samples, split_batch
-from fntrain.errors import CheckpointError, DataExhaustedError, FntrainError, MissingExtraError, NonFiniteError
+from fntrain.errors import (
+    CheckpointError,
+    DataExhaustedError,
+    FntrainError,
+    MissingExtraError,
+    NonFiniteError,
+    StateConsumedError,
+)
 from fntrain.evaluation import Evaluation, evaluation
 from fntrain.events import name_scope, put_histogram, put_image, put_scalar, put_scalars, put_text
 from fntrain.fold import fit, states
@@ -30,6 +37,7 @@ __all__ = [
     "NonFiniteError",
     "Optimizer",
     "Run",
+    "StateConsumedError",
     "StepFn",
     "Stop",
     "SupervisedStep",
@@ -71,6 +79,7 @@ __all__ = [
     "save",
     "schedules",
     "seed_generators",
+    "shell",
     "snapshot",
     "split_batch",
     "stateful",

@@ -17,5 +17,9 @@ class NonFiniteError(FntrainError, FloatingPointError):
     """Loss or gradients were inf or nan under `on_nonfinite="raise"`; the message names them and the step."""
 
 
+class StateConsumedError(FntrainError, RuntimeError):
+    """A state was used after a step run in place wrote to its memory; the message names both steps."""
+
+
 class MissingExtraError(FntrainError, ImportError):
     """A feature needs a package of an optional extra; the message names the extra."""

@@ -57,6 +57,14 @@ class Objective:
     divide: bool  # whether gradients and terms are divided by the sum of weights
     counts: Tensor | float  # the step is skipped if these add up to 0
 
+    def detached(self) -> "Objective":
+        """The same values without their graph, for the metrics."""
+        total = _copied(self.total)
+        if len(self.terms) == 1:
+            return Objective(dict.fromkeys(self.terms, total), total, self.weight, self.divide, self.counts)
+        terms = {name: total if term is self.total else _copied(term) for name, term in self.terms.items()}
+        return Objective(terms, total, self.weight, self.divide, self.counts)
+
 
 def objective(output: Any, batch: Batch, *, alone: bool, denominators: Mapping[str, Any] | None) -> Objective:
     """Read what a loss function returned for one micro-batch.
@@ -69,6 +77,8 @@ def objective(output: Any, batch: Batch, *, alone: bool, denominators: Mapping[s
     Raises:
       TypeError, ValueError: not a scalar tensor with a gradient, a dict of them, or `weighted`.
     """
+    if alone and denominators is None and isinstance(output, Tensor) and output.dim() == 0 and output.requires_grad:
+        return Objective({"loss": output}, output, 1.0, False, 1)  # what most losses are: no detour
     if denominators is not None:
         terms = _over(_terms(output), denominators)
         weight = 1.0 if alone else num_samples(batch)
@@ -82,6 +92,11 @@ def objective(output: Any, batch: Batch, *, alone: bool, denominators: Mapping[s
     size = num_samples(batch)
     scaled = {name: term * size for name, term in terms.items()}
     return Objective(scaled, _sum(scaled), size, divide=True, counts=size)
+
+
+def _copied(term: Tensor) -> Tensor:
+    """A term for the metrics; one that is a parameter, or a view of one, is copied: the update writes to it."""
+    return term.detach().clone() if term.is_leaf or term._base is not None else term.detach()
 
 
 def _terms(loss: Any) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fntrain import tree
+from fntrain.lease import Home, Leased
 from fntrain.state import TrainState
 from fntrain.tree import PyTree
 
@@ -21,8 +22,9 @@ def init_state(
 ) -> TrainState:
     """Make the state before the first step from a module and an optimizer.
 
-    Copies nothing: the state shares memory with the module, so write to the module (`load_into`) only when the state
-    is no longer needed. The pure step never writes to it; the module keeps these first values while training goes on.
+    Copies nothing: the state shares memory with the module. The pure step never writes there, the module keeps these
+    first values while training goes on. A step run in place does, and so does `load_into`: the state is consumed then
+    and raises StateConsumedError; `ft.snapshot(state)` keeps a copy.
 
     Args:
       model: a module with parameters; tied ones are listed once, under their first name.
@@ -44,12 +46,13 @@ def init_state(
     slots = Slots.of(model)
     params = {name: param.detach() for name, param in slots.params.items()}
     buffers = {name: buffer.detach() for name, buffer in slots.buffers.items()}
+    home = Home.of(slots.params)
     return TrainState(
         step=0,
         position=0,
         seed=seed,
-        params=params,
-        buffers=buffers,
+        params=Leased(params, home, "params", step=0),
+        buffers=Leased(buffers, home, "buffers", step=0),
         opt_state=optimizer.init(params),
         extra=extra or {},
     )
@@ -84,6 +87,9 @@ def bound(model: nn.Module, state: TrainState) -> Iterator[nn.Module]:
 def load_into(model: nn.Module, state: TrainState) -> None:
     """Write a state's parameters and buffers into the module for good, by copy.
 
+    Other states that share the module's memory (see `init_state`) are consumed. A state that a step run in place has
+    made is the module's memory: nothing to copy.
+
     Raises:
       ValueError: names or shapes of the state are not the module's.
     Example:
@@ -94,11 +100,24 @@ def load_into(model: nn.Module, state: TrainState) -> None:
     """
     slots = Slots.of(model)
     slots.check(state)
-    with torch.no_grad():
-        for name, param in slots.params.items():
-            param.copy_(state.params[name])
-        for name, buffer in slots.buffers.items():
-            buffer.copy_(state.buffers[name])
+    copy_in(slots, state, "ft.load_into")
+
+
+def copy_in(slots: "Slots", state: TrainState, reason: str) -> None:
+    """Copy parameters and buffers of a state from elsewhere into the module, ending the lease of what was there."""
+    home = Home.of(slots.params)
+    for field, own in (("params", slots.params), ("buffers", slots.buffers)):
+        theirs = getattr(state, field)
+        if home.leased(theirs, field):
+            continue
+        foreign = {name: theirs[name] for name in own if not _same_memory(theirs[name], own[name])}
+        storages = {tensor.untyped_storage().data_ptr() for tensor in own.values()}
+        if any(tensor.untyped_storage().data_ptr() in storages for tensor in foreign.values()):
+            foreign = tree.clone(foreign)  # parts of the module under other names: copying would overwrite some
+        home.end(reason, field)
+        with torch.no_grad():
+            for name, tensor in foreign.items():
+                own[name].copy_(tensor)
 
 
 @attrs.frozen(eq=False)
@@ -195,10 +214,7 @@ class Slots:
             if place is None or (value is None and buffer is None):
                 continue
             if value is None or buffer is None:
-                raise ValueError(
-                    f"model: buffer {place!r} went from {_kind(buffer)} to {_kind(value)} in a step; register it as a "
-                    "tensor from the start, or with persistent=False if it is scratch memory"
-                )
+                raise came_or_went(place, buffer, value)
             if value is not buffer or value.data_ptr() != lent[place].data_ptr():
                 buffers[place] = value.detach().clone()
         return params, buffers
@@ -216,6 +232,18 @@ class Lease:
 def _plain(name: str) -> str:
     """The name without what torch.compile puts in front, so that checkpoints load anywhere."""
     return name.replace("_orig_mod.", "")
+
+
+def came_or_went(name: str, before: Tensor | None, after: Tensor | None) -> ValueError:
+    """The error for a persistent buffer that is a tensor only before or only after a step."""
+    return ValueError(
+        f"model: buffer {name!r} went from {_kind(before)} to {_kind(after)} in a step; register it as a "
+        "tensor from the start, or with persistent=False if it is scratch memory"
+    )
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.device == b.device and a.shape == b.shape and a.stride() == b.stride()
 
 
 def _kind(value: Tensor | None) -> str:

@@ -215,16 +215,23 @@ class BoundOptimizer:
     seen: list[bool] = attrs.field(factory=list, init=False)  # holds something once the class has been looked at
 
     def apply_(
-        self, leaves: Mapping[str, Tensor], opt_state: Mapping[str, dict[str, PyTree]], step: int
+        self,
+        leaves: Mapping[str, Tensor],
+        opt_state: Mapping[str, dict[str, PyTree]],
+        step: int,
+        found_inf: Tensor | None = None,
     ) -> dict[str, Mapping[str, PyTree]]:
         """Run the class's step in place on leaves with a `.grad` and on the tensors of `opt_state`.
 
         A shallow copy of the template holds the tensors for this one call (3 us; building one costs 6 or more).
+        `found_inf`, a float tensor, makes a fused class leave everything as it was where it is 1.
 
         Returns:
           the new optimizer state, made of the tensors given and those the class created.
         """
         lent = self._lend(leaves, opt_state, step)
+        if found_inf is not None:
+            lent.found_inf = found_inf  # type: ignore[attr-defined]
         before = [dict(group) for group in lent.param_groups]
         for name, leaf in leaves.items():
             if name not in opt_state and leaf.grad is not None:

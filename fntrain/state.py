@@ -11,6 +11,8 @@ import attrs
 from torch import Tensor
 
 from fntrain import tree
+from fntrain.errors import StateConsumedError
+from fntrain.lease import Leased
 from fntrain.tree import PyTree
 
 StepFn = Callable[["TrainState", Any], "TrainState"]
@@ -35,7 +37,7 @@ class Run:
 
 
 def _view(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
-    return mapping if type(mapping) is MappingProxyType else MappingProxyType(dict(mapping))
+    return mapping if type(mapping) in (MappingProxyType, Leased) else MappingProxyType(dict(mapping))
 
 
 @attrs.frozen(kw_only=True, eq=False, repr=False)
@@ -114,8 +116,12 @@ class TrainState:
     def __repr__(self) -> str:
         lines = [f"TrainState(step={self.step}, position={self.position}, seed={self.seed})"]
         for name in ("params", "buffers", "opt_state", "hooks", "extra"):
-            if getattr(self, name):
-                lines.append(f"  {name:<10}{_summary(getattr(self, name))}")
+            value = getattr(self, name)
+            try:
+                if value:
+                    lines.append(f"  {name:<10}{_summary(value)}")
+            except StateConsumedError:
+                lines.append(f"  {name:<10}{value!r}")
         if self.metrics:
             lines.append(f"  {'metrics':<10}{', '.join(self.metrics)}")
         if self.run.stop:

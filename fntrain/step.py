@@ -6,8 +6,9 @@ update. The pure step is that body on fresh copies of the state's leaves, lent t
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import reduce
+from itertools import chain, pairwise
 from operator import add
 from types import MappingProxyType
 from typing import Any, Literal
@@ -24,14 +25,28 @@ from fntrain.events import Collector, MetricName
 from fntrain.loss import Loss, Objective, Weighted, WeightsFn, objective
 from fntrain.module import Slots
 from fntrain.optim import BoundOptimizer, Optimizer
+from fntrain.precision import LOSS_SCALE, PRECISIONS, Precision, autocast, loss_scale, next_loss_scale, tf32, unscale_
 from fntrain.rng import seed_generators
 from fntrain.state import TrainState
 
 LossFn = Callable[[nn.Module, Batch], Loss | Weighted]
 TransformGrads = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 LR = MetricName("lr", smooth="latest")
-SKIPPED = MetricName("skipped", reduce="max", smooth="sum")
-_RESERVED = frozenset({"loss", "lr", "grad_norm", "skipped", "step"})
+SKIPPED = MetricName("skipped_steps", reduce="max", smooth="sum")
+SCALE = MetricName("loss_scale", smooth="latest")
+_RESERVED = frozenset({"loss", "lr", "grad_norm", SKIPPED, SCALE, "step"})
+_LAST: Any = object()
+_NOTHING = nullcontext()
+
+
+@attrs.frozen(eq=False)
+class Work:
+    """What forward and backward of a step come to, before anything is updated."""
+
+    leaves: dict[str, Tensor]  # the parameters to update, gradients in `.grad`, clipped if healthy
+    healthy: bool | Tensor  # whether to update; a tensor where the host would have to wait
+    changes: dict[str, Any]  # fields of the next state that hold whether it updates or not
+    metrics: dict[str, Any]  # the same record as in `changes`
 
 
 @attrs.frozen(eq=False)
@@ -39,7 +54,8 @@ class SupervisedStep:
     """A pure step function from a model, a loss and an optimizer: `ft.supervised_step` is its name in use.
 
     The model's train/eval flags are taken as they are. The default generators are seeded from (seed, step, rank).
-    Reports `loss`, each term of a dict of losses, `lr`, `grad_norm` and `skipped` in `state.metrics`.
+    Reports `loss`, each term of a dict of losses, `lr`, `grad_norm` and `skipped_steps` in `state.metrics`. A skipped
+    update counts as a step: schedules go on with `state.step`, the optimizer's own count stays behind.
 
     Args:
       model: its parameters and persistent buffers are lent the state's tensors for each call.
@@ -48,7 +64,9 @@ class SupervisedStep:
       accumulate: number of micro-batches a batch is split into; exact for ragged ones, each weighs its samples.
       clip_grad_norm: largest global 2-norm of the gradients; not together with `clip_grad_value`.
       clip_grad_value: largest absolute value of a gradient element.
-      precision: "bf16" runs model and loss under autocast; "tf32" and "fp16" are kept for steps on a GPU.
+      precision: "bf16" and "fp16" run model and loss under autocast; fp16 scales the loss by `state.extra`'s
+        `loss_scale`, halved when gradients overflow (a skipped step), doubled after 2000 good steps. "tf32" lets
+        float32 products on an NVIDIA GPU round their factors. "fp32" leaves torch's switches as they are.
       on_nonfinite: "skip" keeps everything but the counters if loss or gradients are inf or nan; "raise" raises
         NonFiniteError with the names; "allow" does not look (saves the norm when not clipping).
       transform_grads: pure function of the gradients by name, before clipping; names left out are not updated.
@@ -63,7 +81,7 @@ class SupervisedStep:
       >>> step_fn = supervised_step(model, lambda model, batch: model(batch).square().mean(), sgd)
       >>> state = step_fn(ft.init_state(model, sgd), torch.ones(4, 2))
       >>> state.step, sorted(state.metrics)
-      (1, ['grad_norm', 'loss', 'lr', 'skipped'])
+      (1, ['grad_norm', 'loss', 'lr', 'skipped_steps'])
     """
 
     model: nn.Module = attrs.field(repr=lambda model: type(model).__name__)
@@ -72,7 +90,7 @@ class SupervisedStep:
     accumulate: int = attrs.field(default=1, kw_only=True)
     clip_grad_norm: float | None = attrs.field(default=None, kw_only=True)
     clip_grad_value: float | None = attrs.field(default=None, kw_only=True)
-    precision: Literal["fp32", "bf16", "tf32", "fp16"] = attrs.field(default="fp32", kw_only=True)
+    precision: Precision = attrs.field(default="fp32", kw_only=True)
     on_nonfinite: Literal["skip", "raise", "allow"] = attrs.field(default="skip", kw_only=True)
     transform_grads: TransformGrads | None = attrs.field(default=None, kw_only=True)
     weights: WeightsFn | None = attrs.field(default=None, kw_only=True)
@@ -90,15 +108,34 @@ class SupervisedStep:
 
     def __call__(self, state: TrainState, batch: Batch) -> TrainState:
         if state.step == 0 or not self.bound.seen:
-            self._check_model()
+            self.check_model()
         if state.params.keys() != self.slots.params.keys() or state.buffers.keys() != self.slots.buffer_names:
             self.slots.check(state)
         params, buffers = tree.clone((state.params, state.buffers))
         lease = self.slots.lend(params, buffers, self.bound.frozen)
         try:
-            return self._body(state, batch, lambda: self.slots.written(lease, params, buffers))
+            work = self.work(state, batch)
+            if work.healthy is False:
+                return state.advance(**work.changes)
+            opt_state = self.bound.apply_(self.slots.params, tree.clone(state.opt_state), state.step)
+            params, buffers = self.slots.written(lease, params, buffers)
         finally:
             self.slots.take_back(lease)
+        if isinstance(work.healthy, Tensor):
+            # On a GPU nobody waits for the decision: both outcomes are there, and the device chooses.
+            old = {"params": state.params, "buffers": state.buffers, "opt_state": state.opt_state}
+            new = {"params": params, "buffers": buffers, "opt_state": opt_state}
+            if alike(new, old, work.healthy.device):
+                params, buffers, opt_state = choose(work.healthy, new, old).values()
+            elif not bool(work.healthy):
+                # The update created state, or keeps some elsewhere (step counters on the host): this one waits.
+                return state.advance(**work.changes)
+        return state.advance(
+            params=MappingProxyType(params),
+            buffers=MappingProxyType(buffers),
+            opt_state=MappingProxyType(opt_state),
+            **work.changes,
+        )
 
     def _check(self) -> None:
         optimizer: Any = self.optimizer
@@ -116,16 +153,17 @@ class SupervisedStep:
                 raise ValueError(f"{name}: got {value!r}, expected a number > 0 or None")
         if self.clip_grad_norm is not None and self.clip_grad_value is not None:
             raise ValueError("clip_grad_norm and clip_grad_value: got both, expected at most one")
-        if self.precision in ("tf32", "fp16"):
-            raise ValueError(
-                f"precision: {self.precision!r} needs a step on a GPU, which is not there yet; use 'bf16' or 'fp32'"
-            )
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision: got {self.precision!r}, expected 'fp32' or 'bf16'")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision: got {self.precision!r}, expected one of {PRECISIONS}")
         if self.on_nonfinite not in ("skip", "raise", "allow"):
             raise ValueError(f"on_nonfinite: got {self.on_nonfinite!r}, expected 'skip', 'raise' or 'allow'")
+        if self.precision == "fp16" and self.on_nonfinite != "skip":
+            raise ValueError(
+                f"on_nonfinite: got {self.on_nonfinite!r} with precision 'fp16', expected 'skip': gradients that "
+                "overflow are how the loss scale is found"
+            )
 
-    def _check_model(self) -> None:
+    def check_model(self) -> None:
         """A layer put in after the step was made would never be trained."""
         now = Slots.of(self.model).params
         if now.keys() != self.slots.params.keys() or any(now[name] is not self.slots.params[name] for name in now):
@@ -134,66 +172,59 @@ class SupervisedStep:
                 "supervised_step after the model is complete"
             )
 
-    def _body(
-        self, state: TrainState, batch: Batch, written: Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]]
-    ) -> TrainState:
-        """The step on whatever memory the slots hold; `written` gives what is in them afterwards."""
+    def work(self, state: TrainState, batch: Batch) -> Work:
+        """Forward, backward and decision on whatever memory the slots hold; every form of the step begins with it."""
         seed_generators(state.seed, state.step, self.rank)
-        parts = self._backward(batch)
-        leaves = self._reduced_leaves(parts)
+        device = next(iter(self.slots.params.values())).device
+        scale = loss_scale(state.extra, device) if self.precision == "fp16" else None
+        with tf32(device) if self.precision == "tf32" else _NOTHING:
+            parts = self._backward(batch, device, None if scale is None else scale["scale"])
+        leaves = self._reduced_leaves(parts, None if scale is None else scale["scale"])
         metrics = _report(parts)
         metrics[LR] = self.optimizer.lr(state.step) if callable(self.optimizer.lr) else self.optimizer.lr
         norm = self._norm(leaves)
         if norm is not None:
             metrics["grad_norm"] = norm
         healthy = self._healthy(state, metrics["loss"], norm, parts)
-        if healthy is False:
-            return state.advance(metrics={**metrics, SKIPPED: 1.0})
-        self._clip(leaves, norm)
-        opt_state = self.bound.apply_(self.slots.params, tree.clone(state.opt_state), state.step)
-        params, buffers = written()
-        if isinstance(healthy, Tensor):
-            # On a GPU nobody waits for the decision: both outcomes are there, and the device chooses.
-            old = {"params": state.params, "buffers": state.buffers, "opt_state": state.opt_state}
-            new = {"params": params, "buffers": buffers, "opt_state": opt_state}
-            if not _alike(new, old, healthy.device):
-                # The update created state, or keeps some elsewhere (step counters on the host): this one waits.
-                if not bool(healthy):
-                    return state.advance(metrics={**metrics, SKIPPED: 1.0})
-            else:
-                params, buffers, opt_state = _choose(healthy, new, old).values()
-        if self.on_nonfinite != "allow":
-            metrics[SKIPPED] = (~healthy).float() if isinstance(healthy, Tensor) else 0.0
-        return state.advance(
-            params=MappingProxyType(params),
-            buffers=MappingProxyType(buffers),
-            opt_state=MappingProxyType(opt_state),
-            metrics=metrics,
-        )
+        if self.on_nonfinite != "allow" or healthy is False:
+            metrics[SKIPPED] = (~healthy).float() if isinstance(healthy, Tensor) else float(not healthy)
+        changes: dict[str, Any] = {"metrics": metrics}
+        if scale is not None:
+            metrics[SCALE] = scale["scale"]
+            changes["extra"] = {**state.extra, LOSS_SCALE: next_loss_scale(scale, healthy)}
+        if healthy is not False:
+            self._clip(leaves, norm)
+        return Work(leaves, healthy, changes, metrics)
 
-    def _backward(self, batch: Batch) -> list[tuple[Objective, Collector]]:
+    def _backward(
+        self, batch: Batch, device: torch.device, scale: Tensor | None = None
+    ) -> list[tuple[Objective, Collector]]:
         """Run forward and backward of every micro-batch, gradients adding up in `.grad`."""
         denominators = None if self.weights is None else self.weights(batch)
-        micro_batches = [batch] if self.accumulate == 1 else list((self.split or split_batch)(batch, self.accumulate))
-        if not micro_batches:
-            raise ValueError("split: returned no micro-batch, expected at least one")
-        parts = []
-        for micro_batch in micro_batches:
+        micro_batches = [batch] if self.accumulate == 1 else (self.split or split_batch)(batch, self.accumulate)
+        parts: list[tuple[Objective, Collector]] = []
+        fp32 = self.precision in ("fp32", "tf32")
+        for micro_batch, following in pairwise(chain(micro_batches, [_LAST])):  # one ahead: the last must know
             # Autocast is entered per micro-batch: its cache of cast weights must not outlive an update.
-            with events.collecting() as collector, self._autocast():
+            with events.collecting() as collector, _NOTHING if fp32 else autocast(self.precision, device):
                 output = self.loss_fn(self.model, micro_batch)
-            part = objective(output, micro_batch, alone=len(micro_batches) == 1, denominators=denominators)
-            part.total.backward()  # type: ignore[no-untyped-call]
-            total = _copied(part.total)
-            terms = {name: total if term is part.total else _copied(term) for name, term in part.terms.items()}
-            parts.append((Objective(terms, total, part.weight, part.divide, part.counts), collector))
+            alone = following is _LAST and not parts
+            part = objective(output, micro_batch, alone=alone, denominators=denominators)
+            grads.backward(part.total if scale is None else part.total * scale)
+            parts.append((part.detached(), collector))
+        if not parts:
+            raise ValueError("split: returned no micro-batch, expected at least one")
         return parts
 
-    def _reduced_leaves(self, parts: list[tuple[Objective, Collector]]) -> dict[str, Tensor]:
-        """The parameters that got a gradient, divided by the weights, after `transform_grads`."""
-        leaves: dict[str, Tensor] = {n: param for n, param in self.slots.params.items() if param.grad is not None}
+    def _reduced_leaves(
+        self, parts: list[tuple[Objective, Collector]], scale: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The parameters that got a gradient, scale and weights divided out, after `transform_grads`."""
+        leaves: dict[str, Tensor] = {name: p for name, p in self.slots.params.items() if p.grad is not None}
         if not leaves:
             raise ValueError("loss_fn: no parameter got a gradient; the loss does not depend on the model")
+        if scale is not None:
+            unscale_(_grads(leaves), scale)
         if parts[0][0].divide:
             torch._foreach_div_(_grads(leaves), _total_weight(parts))
         if self.transform_grads is None:
@@ -208,23 +239,23 @@ class SupervisedStep:
                 leaf.grad = grads.own_layout(name, after[name], leaf, None) if name in after else None
         return {name: leaf for name, leaf in leaves.items() if name in after}
 
-    def _norm(self, leaves: dict[str, Tensor]) -> Tensor | None:
+    def _norm(self, leaves: dict[str, Tensor]) -> float | Tensor | None:
         wanted = self.clip_grad_norm is not None or self.on_nonfinite != "allow"
-        return grads.global_norm(_grads(leaves)) if wanted and leaves else None
+        return grads.global_norm(_grads(leaves)) if leaves and wanted else None
 
     def _healthy(
-        self, state: TrainState, loss: Tensor, norm: Tensor | None, parts: list[tuple[Objective, Collector]]
+        self, state: TrainState, loss: Tensor, norm: float | Tensor | None, parts: list[tuple[Objective, Collector]]
     ) -> bool | Tensor:
         """Whether to update: loss and gradients finite, weight not 0; a tensor where the host would have to wait."""
-        stalls = _stalls(loss) and self.on_nonfinite != "raise"
+        stalls = grads.stalls(loss) and self.on_nonfinite != "raise"
         weighs: bool | Tensor = _sum([part.counts for part, _ in parts]) != 0
         if isinstance(weighs, Tensor) and not stalls:
             weighs = bool(weighs)
         if self.on_nonfinite == "allow" or norm is None:
             return weighs
         if stalls:
-            return torch.isfinite(norm) & torch.isfinite(loss) & weighs
-        healthy = bool(weighs) and math.isfinite(norm.item()) and math.isfinite(loss.item())
+            return torch.isfinite(torch.as_tensor(norm)) & torch.isfinite(loss) & weighs
+        healthy = bool(weighs) and math.isfinite(norm) and math.isfinite(loss.item())
         if self.on_nonfinite == "raise" and weighs and not healthy:
             bad = [n for n, p in self.slots.params.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
             raise NonFiniteError(
@@ -233,29 +264,18 @@ class SupervisedStep:
             )
         return healthy
 
-    def _clip(self, leaves: dict[str, Tensor], norm: Tensor | None) -> None:
+    def _clip(self, leaves: dict[str, Tensor], norm: float | Tensor | None) -> None:
         if self.clip_grad_norm is not None and norm is not None:
             grads.clip_by_norm_(_grads(leaves), norm, self.clip_grad_norm)
         if self.clip_grad_value is not None:
             grads.clip_by_value_(_grads(leaves), self.clip_grad_value)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.precision == "fp32":
-            return nullcontext()
-        device = next(iter(self.slots.params.values())).device
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-
 
 supervised_step = SupervisedStep
 
 
-def _copied(term: Tensor) -> Tensor:
-    """A term for the metrics; one that is a parameter, or a view of one, is copied: the update writes to it."""
-    return term.detach().clone() if term.is_leaf or term._base is not None else term.detach()
-
-
-def _grads(leaves: dict[str, Tensor]) -> list[Tensor]:
-    return [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
+def _grads(leaves: dict[str, Tensor]) -> list[Any]:
+    return [leaf.grad for leaf in leaves.values()]
 
 
 def _sum(values: Sequence[Any]) -> Any:
@@ -270,6 +290,8 @@ def _report(parts: list[tuple[Objective, Collector]]) -> dict[str, Any]:
     """Metrics of a step: what was reported inside, then the losses, divided like the gradients."""
     metrics = events.merge([(collector, part.weight) for part, collector in parts])
     terms = parts[0][0].terms
+    if len(parts) == 1 and not parts[0][0].divide and not metrics and len(terms) == 1:
+        return {"loss": parts[0][0].total, **terms}  # what most steps have: no detour
     if metrics or len(terms) > 1:
         taken = (_RESERVED | terms.keys()) & metrics.keys() | (_RESERVED - {"loss"}) & terms.keys()
         if taken:
@@ -282,23 +304,16 @@ def _report(parts: list[tuple[Objective, Collector]]) -> dict[str, Any]:
     return {**metrics, **(sums if divisor is None else {name: value / divisor for name, value in sums.items()})}
 
 
-def _stalls(tensor: Tensor) -> bool:
-    """Whether reading a tensor's value makes the host wait for a device."""
-    return tensor.device.type != "cpu"
-
-
-def _alike(new: Any, old: Any, device: torch.device) -> bool:
+def alike(new: Any, old: Any, device: torch.device) -> bool:
     """Whether two trees have the same structure, all tensors, all on the device that chooses."""
     if isinstance(new, Tensor):
         return isinstance(old, Tensor) and new.device == device
     if isinstance(new, Mapping):
-        return (
-            isinstance(old, Mapping) and new.keys() == old.keys() and all(_alike(new[k], old[k], device) for k in new)
-        )
+        return isinstance(old, Mapping) and new.keys() == old.keys() and all(alike(new[k], old[k], device) for k in new)
     return False
 
 
-def _choose(healthy: Tensor, new: Any, old: Any) -> Any:
+def choose(healthy: Tensor, new: Any, old: Any) -> Any:
     if isinstance(new, Tensor):
         return torch.where(healthy, new, old)
-    return {key: _choose(healthy, value, old[key]) for key, value in new.items()}
+    return {key: choose(healthy, value, old[key]) for key, value in new.items()}

@@ -7,6 +7,7 @@ saved without pickle. This is not a registry: there are no other containers.
 import hashlib
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from itertools import zip_longest
 from types import MappingProxyType
 from typing import Any
 
@@ -62,6 +63,28 @@ def clone(tree: PyTree) -> PyTree:
     sources: list[Tensor] = []
     _gather(tree, sources)
     return _refill(tree, iter(clone_tensors(sources)))
+
+
+def copy_into(target: PyTree, source: PyTree) -> bool:
+    """Copy the tensors of a tree over those of another of the same structure; False, and nothing done, if it is not.
+
+    Structure: the same containers, keys, shapes, dtypes, devices and other leaves, and no memory that both share.
+
+    Example:
+      >>> target = {"a": torch.zeros(2)}
+      >>> copy_into(target, {"a": torch.ones(2)}), target
+      (True, {'a': tensor([1., 1.])})
+    """
+    pairs = list(zip_longest(_walk(target, "", ordered=True), _walk(source, "", ordered=True), fillvalue=("", None)))
+    if not all(one[0] == other[0] and _alike(one[1], other[1]) for one, other in pairs):
+        return False
+    tensors: list[tuple[Tensor, Tensor]] = [(one[1], other[1]) for one, other in pairs if isinstance(one[1], Tensor)]  # type: ignore[misc]
+    if {t.untyped_storage().data_ptr() for t, _ in tensors} & {s.untyped_storage().data_ptr() for _, s in tensors}:
+        return False
+    if tensors:
+        with torch.no_grad():
+            torch._foreach_copy_([t for t, _ in tensors], [s for _, s in tensors])
+    return True
 
 
 def clone_tensors(tensors: list[Tensor]) -> list[Tensor]:
@@ -190,6 +213,12 @@ def _bits(item: Any) -> Any:
     if isinstance(item, _Opened):
         return None
     return struct.pack("<d", item) if isinstance(item, float) else item
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    return _kind(a) == _kind(b) and bool(_bits(a) == _bits(b))
 
 
 def _same_bits(a: Any, b: Any) -> bool:

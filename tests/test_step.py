@@ -10,7 +10,6 @@ from cases import MODELS, batches, classification, cross_entropy, make, raw_loop
 from torch import nn
 
 import fntrain as ft
-from fntrain import step as step_module
 from fntrain import tree
 from fntrain.testing import assert_pure
 
@@ -159,7 +158,7 @@ def test_an_all_masked_batch_is_a_skipped_step():
     step_fn = ft.supervised_step(model, token_loss, ADAMW, accumulate=2)
     good, masked = batches("mlp", 1)[0], -batches("mlp", 1)[0].abs()
     states = run(model, step_fn, [good, masked])
-    assert states[2].metrics["skipped"] == 1
+    assert states[2].metrics["skipped_steps"] == 1
     assert (states[2].step, states[2].position) == (2, 2)
     assert same(states[1].params, states[2].params)
     assert same(states[1].opt_state, states[2].opt_state)
@@ -181,7 +180,7 @@ def test_a_masked_micro_batch_among_others_does_no_harm():
         model = make("mlp").double()
         step_fn = ft.supervised_step(model, loss_fn, SGD, accumulate=accumulate)
         results.append(run(model, step_fn, [batch])[-1])
-    assert results[1].metrics["skipped"] == 0
+    assert results[1].metrics["skipped_steps"] == 0
     torch.testing.assert_close(results[1].params["0.weight"], results[0].params["0.weight"], rtol=1e-12, atol=1e-14)
 
 
@@ -207,14 +206,14 @@ def poison(kind):
 def test_a_bad_step_changes_nothing_but_the_counters(kind, bad_step, device_decides, monkeypatch):
     """Parameters, buffers and optimizer state keep their bits; the next good step goes on from them."""
     if device_decides:  # the branch of a GPU, taken on the CPU: every tensor is chosen without a host decision
-        monkeypatch.setattr(step_module, "_stalls", lambda tensor: True)
+        monkeypatch.setattr(ft.grads, "stalls", lambda tensor: True)
     model = make("batchnorm")
     data = batches("batchnorm", 4)
     data[bad_step] = data[bad_step].clone()
     data[bad_step][0, 0] = 99
     states = run(model, ft.supervised_step(model, poison(kind), SGD, clip_grad_norm=1.0), data)
     before, after = states[bad_step], states[bad_step + 1]
-    assert [float(state.metrics["skipped"]) for state in states[1:]] == [float(i == bad_step) for i in range(4)]
+    assert [float(state.metrics["skipped_steps"]) for state in states[1:]] == [float(i == bad_step) for i in range(4)]
     assert after.step == before.step + 1
     for field in ("params", "buffers", "opt_state"):
         assert same(getattr(before, field), getattr(after, field))
@@ -229,7 +228,7 @@ def test_the_skip_law_fails_without_protection():
     bad = torch.full((4, 6), 99.0)
     final = run(model, ft.supervised_step(model, poison("nan"), SGD, on_nonfinite="allow"), [bad])[-1]
     assert not final.params["0.weight"].isfinite().all()
-    assert "skipped" not in final.metrics
+    assert "skipped_steps" not in final.metrics
 
 
 def test_raise_names_step_and_parameters():
@@ -248,7 +247,7 @@ def test_huge_finite_gradients_are_clipped_not_skipped():
     model = nn.Linear(2, 1, bias=False)
     step_fn = ft.supervised_step(model, lambda m, b: (m(b) * 1e25).sum(), SGD, clip_grad_norm=1.0)
     state = step_fn(ft.init_state(model, SGD), torch.ones(1, 2))
-    assert state.metrics["skipped"] == 0
+    assert state.metrics["skipped_steps"] == 0
     assert (state.params["weight"] - model.weight).norm().item() == pytest.approx(0.1, rel=1e-4)
 
 
@@ -479,7 +478,7 @@ class Late(nn.Module):
 @pytest.mark.parametrize("on_nonfinite", ["skip", "raise", "allow"])
 def test_a_device_waits_only_where_it_must(on_nonfinite, monkeypatch):
     """State created in a bad step is not kept, raise does raise, and SGD without state never reads the decision."""
-    monkeypatch.setattr(step_module, "_stalls", lambda tensor: True)
+    monkeypatch.setattr(ft.grads, "stalls", lambda tensor: True)
     reads = []
     real = torch.Tensor.__bool__
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: (reads.append(1), real(self))[1])
@@ -497,7 +496,7 @@ def test_a_device_waits_only_where_it_must(on_nonfinite, monkeypatch):
     if on_nonfinite == "skip":
         states = run(late, step_fn, [batches("mlp", 1)[0], bad])
         assert sorted(states[-1].opt_state) == ["a.bias", "a.weight"]
-        assert same(states[1].opt_state, states[2].opt_state) and states[2].metrics["skipped"] == 1
+        assert same(states[1].opt_state, states[2].opt_state) and states[2].metrics["skipped_steps"] == 1
 
 
 def test_a_masked_batch_is_skipped_also_when_bad_ones_raise():
@@ -505,7 +504,7 @@ def test_a_masked_batch_is_skipped_also_when_bad_ones_raise():
     model = make("mlp")
     step_fn = ft.supervised_step(model, token_loss, SGD, on_nonfinite="raise")
     state = step_fn(ft.init_state(model, SGD), -batches("mlp", 1)[0].abs())
-    assert (state.step, state.metrics["skipped"]) == (1, 1)
+    assert (state.step, state.metrics["skipped_steps"]) == (1, 1)
 
 
 def test_metrics_weigh_samples_also_under_weights():
@@ -523,7 +522,7 @@ def test_metrics_weigh_samples_also_under_weights():
         )
         results.append(run(model, step_fn, [batch])[-1].metrics)
     assert results[0]["first"].item() == pytest.approx(results[1]["first"].item())
-    assert results[0]["b"] == 0 and results[0]["skipped"] == 0
+    assert results[0]["b"] == 0 and results[0]["skipped_steps"] == 0
 
 
 def test_several_reports_of_one_name_count_as_one():
@@ -603,7 +602,7 @@ def test_all_terms_without_samples_are_a_skipped_step():
     step_fn = ft.supervised_step(model, lambda m, b: {"a": m(b).sum() * 0}, ADAMW, weights=lambda b: {"a": 0})
     state = ft.init_state(model, ADAMW)
     new = step_fn(state, batches("mlp", 1)[0])
-    assert new.metrics["skipped"] == 1 and same(new.params, state.params)
+    assert new.metrics["skipped_steps"] == 1 and same(new.params, state.params)
     with pytest.raises(ValueError, match="weight: got -1"):
         ft.weighted(torch.ones(()), -1)
 

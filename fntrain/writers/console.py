@@ -47,7 +47,7 @@ def _line(row: Row, seconds_per_step: float) -> str:
         value = row.scalars[name]
         if name.startswith("time/"):
             parts.append(f"{name.removeprefix('time/')} {value * 1000:>7.1f} ms")
-        elif name != "skipped" or value:  # said only when it happens
+        elif name != "skipped_steps" or value:  # said only when it happens
             parts.append(f"{name} {value:<9.4g}")
     if row.periodic:
         parts.append(f"mem {_memory()}")

@@ -1,0 +1,251 @@
+"""in_place: a step on the module's own memory, bitwise the pure step, at less than the cost of a loop by hand.
+
+The body of the step is `SupervisedStep.work`, the same as for the pure step; only where the update is written differs.
+What the old state held is overwritten, so its lease ends at the first write and any later access says so.
+"""
+
+import logging
+import weakref
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from fntrain import tree
+from fntrain.batch import Batch
+from fntrain.lease import FIELDS, Home, Leased
+from fntrain.module import came_or_went, copy_in
+from fntrain.shell.kernels import FusedAdam
+from fntrain.state import TrainState
+from fntrain.step import SupervisedStep, alike, choose
+
+_log = logging.getLogger("fntrain")
+
+
+def in_place(step_fn: SupervisedStep, *, compile: bool = False) -> "InPlace":  # noqa: A002  # torch's word for it
+    """Make the donated form of a step: it writes the new state over the old one's memory, the module's own.
+
+    Leaf by leaf bitwise the pure step. The state given is consumed at the step's first write: reading it afterwards
+    raises StateConsumedError, `ft.snapshot(state)` keeps a copy. A step that raises before that, or skips its update,
+    leaves it whole. A state from elsewhere (a checkpoint, a roll-back, a hook that replaced buffers) is copied in;
+    the step's own is recognised and costs nothing. The module holds the current weights after every step.
+
+    What a lease can't guard: a bare tensor, or `dict(state.params)`, taken earlier changes under its holder; and
+    `list(ft.states(ft.shell.in_place(step_fn), ...))` is a list of consumed states. A forward that writes to
+    parameters (not buffers) is not undone when its step is skipped.
+
+    Args:
+      step_fn: from `ft.supervised_step`.
+      compile: run model and loss through torch.compile.
+    Raises:
+      TypeError: the step is not from `ft.supervised_step`: one written by hand runs as it is.
+      ValueError: another step runs in place on the module.
+      StateConsumedError: (when called) the state was consumed.
+    Example:
+      >>> model = torch.nn.Linear(2, 1)
+      >>> sgd = ft.optimizer(torch.optim.SGD, lr=0.1)
+      >>> step_fn = ft.supervised_step(model, lambda model, batch: model(batch).square().mean(), sgd)
+      >>> before = ft.init_state(model, sgd)
+      >>> after = in_place(step_fn)(before, torch.ones(4, 2))
+      >>> before.params["bias"]
+      Traceback (most recent call last):
+      fntrain.errors.StateConsumedError: the state of step 0 was consumed by step 1, which wrote to its memory; ...
+
+    Source: buffer donation of jax.jit
+    """
+    if not isinstance(step_fn, SupervisedStep):
+        raise TypeError(
+            f"step_fn: got {getattr(step_fn, '__name__', type(step_fn).__name__)}, expected what ft.supervised_step "
+            "returned; give a step written by hand to ft.fit as it is"
+        )
+    if compile:
+        step_fn = attrs.evolve(step_fn, loss_fn=torch.compile(step_fn.loss_fn))
+    return InPlace(step_fn)
+
+
+class InPlace:
+    """A step on the module's own memory; made by `in_place`."""
+
+    def __init__(self, step: SupervisedStep) -> None:
+        self.step = step
+        self.home = Home.of(step.slots.params)
+        tenant = self.home.tenant and self.home.tenant()
+        if tenant is not None:
+            raise ValueError(
+                f"step_fn: {tenant!r} runs in place on this {type(step.model).__name__} already, and two would "
+                "overwrite each other's states; use that one, or `del` it first"
+            )
+        self.home.tenant = weakref.ref(self)
+        self.places = tuple(step.slots.params.values())
+        self.params = {name: param.detach() for name, param in step.slots.params.items()}
+        self.buffers = {name: buffer.detach() for name, buffer in step.slots.buffers.items()}
+        self.opt_state: dict[str, Any] = {}
+        self.updated: set[str] = set()  # parameters that have had an update: their optimizer state is there
+        self.fused: FusedAdam | None = None
+        self.said = False  # that the host waits for each decision
+
+    @property
+    def rank(self) -> int:
+        """The rank of the step, for the fold."""
+        return self.step.rank
+
+    def __repr__(self) -> str:
+        return f"in_place({self.step!r})"
+
+    def __call__(self, state: TrainState, batch: Batch) -> TrainState:
+        step = self.step
+        if state.step == 0 or not step.bound.seen:
+            step.check_model()
+        self._own(state)
+        before = self._begin()
+        try:
+            work = step.work(state, batch)
+            healthy = work.healthy
+            if isinstance(healthy, Tensor) and not self._decides_on_device(work.leaves):
+                healthy = bool(healthy)
+            if healthy is not False:
+                self._settle_params()
+                self._settle_buffers(before, healthy)
+        except BaseException:
+            self._undo(before)
+            raise
+        if healthy is False:
+            self._undo(before)
+        else:
+            self.home.end(f"step {state.step + 1}", *FIELDS)
+            try:
+                self._update(work.leaves, healthy, state.step)
+            finally:
+                self._end(before)
+        return state.advance(
+            params=Leased(self.params, self.home, "params", state.step + 1),
+            buffers=Leased(self.buffers, self.home, "buffers", state.step + 1),
+            opt_state=Leased(self.opt_state, self.home, "opt_state", state.step + 1),
+            **work.changes,
+        )
+
+    def _own(self, state: TrainState) -> None:
+        """Copy in what of a state is not this memory already."""
+        reason = f"step {state.step + 1}, which began from another state"
+        if not (self.home.leased(state.params, "params") and self.home.leased(state.buffers, "buffers")):
+            self.step.slots.check(state)
+            copy_in(self.step.slots, state, reason)
+        theirs: Any = state.opt_state
+        if self.home.leased(theirs, "opt_state"):
+            if theirs.tensors is not self.opt_state:  # of a step that ran in place here before
+                self.opt_state, self.fused, self.updated = theirs.tensors, None, set(theirs)
+            return
+        if not tree.copy_into(self.opt_state, theirs):
+            self.opt_state, self.fused = tree.clone(theirs), None
+        self.home.end(reason, "opt_state")
+        self.updated = set(theirs)
+
+    def _begin(self) -> "_Before":
+        """No gradients, frozen parameters asking for none; copies of the buffers, which the forward may write to."""
+        slots = self.step.slots
+        for param in slots.params.values():
+            param.grad = None
+        frozen = [slots.params[name] for name in self.step.bound.frozen if slots.params[name].requires_grad]
+        for param in frozen:
+            param.requires_grad_(False)
+        if not slots.places:
+            return _Before(frozen, [])
+        buffers = [owner[key] for _, owner, key in slots.places]
+        homes = [None if buffer is None else buffer.data for buffer in buffers]
+        return _Before(frozen, list(zip(slots.places, buffers, homes, tree.clone(homes), strict=True)))
+
+    def _undo(self, before: "_Before") -> None:
+        """Leave the state as it was: buffers get the values back that the forward wrote over."""
+        for name, param in self.step.slots.params.items():
+            if param.data_ptr() != self.params[name].data_ptr():  # the forward put another tensor there
+                param.data = self.params[name]
+        self._end(before, keep_buffers=False)
+
+    def _end(self, before: "_Before", *, keep_buffers: bool = True) -> None:
+        """Drop gradients and put scratch buffers back; without `keep_buffers` the persistent ones too."""
+        for param in self.step.slots.params.values():
+            param.grad = None
+        for param in before.frozen:
+            param.requires_grad_(True)
+        for (name, owner, key), buffer, home, copy in before.buffers:
+            if name is None or not keep_buffers:
+                owner[key] = buffer
+                if buffer is not None and home is not None and copy is not None:
+                    buffer.data = home
+                    home.copy_(copy)  # memory apart from autograd: `.data`
+
+    def _settle_params(self) -> None:
+        """Follow a forward or an optimizer that put another tensor in a parameter's place."""
+        for name, param in self.step.slots.params.items():
+            if param.data_ptr() != self.params[name].data_ptr():
+                self.params[name], self.fused = param.detach(), None
+
+    def _settle_buffers(self, before: "_Before", healthy: bool | Tensor) -> None:
+        """Keep in the state's memory what a forward wrote to the buffers, or assigned in their place."""
+        for (name, owner, key), buffer, home, copy in before.buffers:
+            value = owner[key]
+            if name is None or (value is None and buffer is None):
+                continue
+            if value is None or buffer is None or home is None or copy is None:
+                raise came_or_went(name, buffer, value)
+            if value is not buffer or value.data_ptr() != home.data_ptr():
+                value = value.detach()
+                same = value.shape == home.shape and value.dtype == home.dtype
+                buffer.data = home = home.copy_(value) if same else value.clone()
+                owner[key] = buffer
+                self.buffers[name] = buffer.detach()
+            if isinstance(healthy, Tensor):
+                torch.where(healthy, home, copy, out=home)
+
+    def _decides_on_device(self, leaves: dict[str, Tensor]) -> bool:
+        """Whether the update can be made, or not made, without the host knowing which."""
+        if not leaves.keys() <= self.updated:
+            return False  # the first update makes the optimizer's state: the host decides
+        if self._takes_found_inf or alike(self.opt_state, self.opt_state, next(iter(leaves.values())).device):
+            return True
+        if not self.said:
+            self.said = True
+            _log.warning(
+                "in_place: waits for the device at every step, because %s keeps counters on the host; give it "
+                "fused=True or capturable=True if it has them, or the step on_nonfinite='allow'",
+                self.step.optimizer.cls.__name__,
+            )
+        return False
+
+    @property
+    def _takes_found_inf(self) -> bool:
+        return getattr(self.step.bound.template, "_step_supports_amp_scaling", False)
+
+    def _update(self, leaves: dict[str, Tensor], healthy: bool | Tensor, step: int) -> None:
+        """The optimizer's update, in place; a decision left to the device goes into its kernel, or picks afterwards."""
+        bound, params = self.step.bound, self.step.slots.params
+        found_inf = (~healthy).float() if isinstance(healthy, Tensor) and self._takes_found_inf else None
+        choosing = isinstance(healthy, Tensor) and found_inf is None
+        old = (
+            tree.clone({"params": {n: self.params[n] for n in leaves}, "opt_state": self.opt_state}) if choosing else {}
+        )
+        if self.fused is not None and self.fused.takes(leaves):
+            self.fused(leaves, step, found_inf)
+        else:
+            self.opt_state = dict(bound.apply_(params, self.opt_state, step, found_inf))
+            self._settle_params()
+            self.fused = FusedAdam.of(bound, self.params, self.opt_state)
+            self.updated |= leaves.keys()
+        if isinstance(healthy, Tensor) and choosing:
+            new = {"params": {name: self.params[name] for name in leaves}, "opt_state": self.opt_state}
+            if alike(new, old, healthy.device):
+                old = choose(healthy, new, old)
+            elif bool(healthy):
+                return
+            with torch.no_grad():
+                torch._foreach_copy_(list(new["params"].values()), list(old["params"].values()))
+            self.opt_state = old["opt_state"]
+
+
+@attrs.frozen(eq=False)
+class _Before:
+    """What a step may have to put back."""
+
+    frozen: list[nn.Parameter]
+    buffers: list[tuple[Any, Tensor | None, Tensor | None, Tensor | None]]  # place, buffer, its memory, a copy

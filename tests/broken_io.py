@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,6 +110,7 @@ def save_in_place(state: TrainState, directory: Path) -> Path:
         for name in ("state.json", "model.safetensors", "train.safetensors"):
             (target / name).write_bytes((whole / name).read_bytes())
             checkpoint.fsync(target / name)
+            time.sleep(0.02)  # a slow disk
     except OSError as error:
         raise ft.CheckpointError(str(error)) from error
     return target
@@ -171,7 +173,13 @@ class UnpurgedTensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         with SummaryWriter(self.directory) as writer:
-            yield lambda row: [writer.add_scalar(name, value, row.step) for name, value in row.scalars.items()]
+
+            def write(row: Any) -> None:
+                for name, value in row.scalars.items():
+                    writer.add_scalar(name, value, row.step)
+                writer.flush()
+
+            yield write
 
 
 def evaluate_as_latest(fn: Any, *, every: int) -> Any:

@@ -805,8 +805,11 @@ KILLED = """
 
     seen = []
     for k in range(kills):
+        before = ft.latest(directory)
         pid = forked(lambda: train(directory, 10**6))
-        time.sleep(0.12 + 0.0137 * (k % 6))
+        while ft.latest(directory) == before:  # it has saved something, however busy the machine is
+            time.sleep(0.001)
+        time.sleep(0.0137 * (k % 6))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         newest = ft.latest(directory)

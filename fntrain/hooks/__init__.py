@@ -2,8 +2,10 @@
 
 from fntrain.hooks.checkpoint import checkpoint
 from fntrain.hooks.evaluate import evaluate
+from fntrain.hooks.memory import memory_stats
 from fntrain.hooks.metrics import write_metrics
+from fntrain.hooks.profile import profile
 from fntrain.hooks.progress import progress_bar
 from fntrain.hooks.timer import iteration_timer
 
-__all__ = ["checkpoint", "evaluate", "iteration_timer", "progress_bar", "write_metrics"]
+__all__ = ["checkpoint", "evaluate", "iteration_timer", "memory_stats", "profile", "progress_bar", "write_metrics"]

@@ -1,0 +1,82 @@
+"""hooks.memory_stats: how much memory the run takes."""
+
+from pathlib import Path
+
+import attrs
+import torch
+
+from fntrain import gates
+from fntrain.events import MetricName
+from fntrain.hook import AnyHook, hook
+from fntrain.state import TrainState
+
+STATUS = Path("/proc/self/status")  # of Linux
+PROCESS = {
+    MetricName("memory/rss", smooth="latest"): "VmRSS:",
+    # Not ru_maxrss: on Linux that begins with the peak of the program that started this one.
+    MetricName("memory/peak_rss", smooth="latest"): "VmHWM:",
+}
+CUDA = {
+    MetricName("memory/allocated", smooth="latest"): "allocated_bytes.all.current",
+    MetricName("memory/reserved", smooth="latest"): "reserved_bytes.all.current",
+    MetricName("memory/peak_allocated", smooth="latest"): "allocated_bytes.all.peak",
+    MetricName("memory/alloc_retries", smooth="latest"): "num_alloc_retries",
+    MetricName("memory/ooms", smooth="latest"): "num_ooms",
+}
+
+
+def memory_stats(*, every: int = 20, name: str = "memory_stats") -> AnyHook:
+    """Report memory in bytes every n steps and after the last one; list it before `write_metrics`, with its period.
+
+    With parameters on CUDA, of their device (the first, if there are several): `memory/allocated` by tensors now,
+    `memory/reserved` by torch, `memory/peak_allocated` since the last report, and how often the process has run short
+    so far: `memory/alloc_retries`, `memory/ooms`. It resets torch's peak, which the console's `mem` then shows too.
+    Without CUDA, of the process without its children: `memory/rss` now, which Linux alone tells, and `memory/peak_rss`
+    since it began. The counters are the host's own: nothing synchronises.
+
+    Args:
+      every: number of steps between two reports.
+      name: unique in a run.
+    Raises:
+      ValueError: `every` is not positive.
+      RuntimeError: (when the run starts) without CUDA, on a platform that tells neither (Windows).
+    Example:
+      >>> memory_stats(every=100).every
+      100
+
+    Source: detectron2's TorchMemoryStats
+    """
+    reporting = hook(before_train=_start, after_step=_report, name=name)
+    return gates.at_end(gates.every(every, attrs.evolve(reporting, reports=True)))
+
+
+def _start(state: TrainState) -> None:
+    """The first peak is to be of this run; and what can't be measured is said before the first step."""
+    _measured(state)
+
+
+def _report(state: TrainState) -> TrainState:
+    return state.replace(metrics={**state.metrics, **_measured(state)})
+
+
+def _measured(state: TrainState) -> dict[MetricName, int]:
+    device = next((leaf.device for leaf in state.params.values() if leaf.is_cuda), None)
+    if device is None:
+        return _of_process()
+    stats = torch.cuda.memory_stats(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {name: stats[key] for name, key in CUDA.items()}
+
+
+def _of_process() -> dict[MetricName, int]:
+    if STATUS.exists():
+        words = STATUS.read_text(encoding="utf-8", errors="replace").split()
+        return {name: int(words[words.index(key) + 1]) * 1024 for name, key in PROCESS.items() if key in words}
+    try:
+        import resource
+    except ImportError as error:
+        raise RuntimeError("memory_stats: this platform tells no memory of a process; leave it out on CPU") from error
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {MetricName("memory/peak_rss", smooth="latest"): peak if sys.platform == "darwin" else peak * 1024}

@@ -21,6 +21,7 @@ from fntrain.tree import PyTree
 
 OptState = Mapping[str, Mapping[str, PyTree]]
 Select = str | Callable[[str, Tensor], bool]
+MASTER = "master_weight"  # the float32 copy of a parameter, beside what the optimizer keeps for it
 _GROUP_PREFIX = "group."  # marks what an optimizer keeps per group, stored with the group's first parameter
 
 
@@ -72,6 +73,7 @@ class Optimizer:
     lr: Any
     groups: tuple[Group, ...]
     options: dict[str, Any]
+    master_weights: bool = False
 
     def init(self, params: Mapping[str, Tensor]) -> dict[str, dict[str, PyTree]]:
         """Return the state before the first update: empty for most classes, which create theirs on first use.
@@ -79,6 +81,8 @@ class Optimizer:
         Raises:
           ValueError: a group selects no parameter, or all parameters are frozen.
         """
+        if self.master_weights:
+            params = {name: param.float() if _is_low(param) else param for name, param in params.items()}
         bound = self.bind(params)
         return {
             name: tree.clone(dict(bound.template.state[params[name]]))
@@ -141,7 +145,9 @@ class Optimizer:
         template = self.cls(torch_groups, **{key: torch_groups[0][key] for key in ("lr", *self.options)})
         tensors = {key for one in template.param_groups for key, value in one.items() if isinstance(value, Tensor)}
         names = tuple(map(tuple, members.values()))
-        return BoundOptimizer(template, names, tuple(scheduled), frozenset(frozen), tuple(sorted(tensors)))
+        return BoundOptimizer(
+            template, names, tuple(scheduled), frozenset(frozen), tuple(sorted(tensors)), self.master_weights
+        )
 
     def _options(self, matches: Sequence[int]) -> dict[str, Any]:
         merged = {"lr": self.lr, **self.options}
@@ -164,11 +170,17 @@ class Optimizer:
     def __repr__(self) -> str:
         options = [f"{key}={value!r}" for key, value in self.options.items()]
         groups = [f"groups={list(self.groups)!r}"] if self.groups else []
-        return f"optimizer({', '.join([self.cls.__name__, f'lr={self.lr!r}', *options, *groups])})"
+        master = ["master_weights=True"] if self.master_weights else []
+        return f"optimizer({', '.join([self.cls.__name__, f'lr={self.lr!r}', *options, *groups, *master])})"
 
 
 def optimizer(
-    cls: type[torch.optim.Optimizer], *, lr: Any, groups: Sequence[Group] | None = None, **options: Any
+    cls: type[torch.optim.Optimizer],
+    *,
+    lr: Any,
+    groups: Sequence[Group] | None = None,
+    master_weights: bool = False,
+    **options: Any,
 ) -> Optimizer:
     """Make any torch.optim.Optimizer class (also a third party's) a value with pure `init` and `update`.
 
@@ -176,6 +188,9 @@ def optimizer(
       cls: the class; its `step` must not need a closure.
       lr: a float, a 0-d tensor, or a schedule (any function step -> float).
       groups: options for some of the parameters, see `group`.
+      master_weights: update parameters in bfloat16 or float16 through float32 copies, kept in `opt_state` under
+        "master_weight" (4 bytes a number) and made from the parameters at their first update; small updates would
+        round away otherwise. The copies lead: who replaces such parameters replaces these too, or drops them.
       options: keyword arguments of the class; one that is a schedule is evaluated at every step too.
     Raises:
       TypeError: `cls` is no optimizer class, needs a closure (LBFGS) or sparse gradients (SparseAdam); `lr` is no
@@ -200,7 +215,7 @@ def optimizer(
         accepted = inspect.signature(cls).parameters
         if unknown := sorted(one.options.keys() - accepted.keys() - {"lr"}):
             raise ValueError(f"groups[{index}]: {cls.__name__} has no option {unknown}; it has {sorted(accepted)}")
-    return Optimizer(cls, lr, tuple(groups or ()), options)
+    return Optimizer(cls, lr, tuple(groups or ()), options, bool(master_weights))
 
 
 @attrs.frozen(eq=False)
@@ -212,6 +227,7 @@ class BoundOptimizer:
     scheduled: tuple[dict[str, Callable[[int], Any]], ...]
     frozen: frozenset[str]
     tensors: tuple[str, ...]  # options of the groups that are tensors
+    master_weights: bool = False
     seen: list[bool] = attrs.field(factory=list, init=False)  # holds something once the class has been looked at
 
     def apply_(
@@ -229,6 +245,10 @@ class BoundOptimizer:
         Returns:
           the new optimizer state, made of the tensors given and those the class created.
         """
+        if self.master_weights and (
+            low := [n for n, leaf in leaves.items() if _is_low(leaf) and leaf.grad is not None]
+        ):
+            return self._apply_to_masters(low, leaves, opt_state, step, found_inf)
         lent = self._lend(leaves, opt_state, step)
         if found_inf is not None:
             lent.found_inf = found_inf  # type: ignore[attr-defined]
@@ -246,6 +266,31 @@ class BoundOptimizer:
                 )
             self.seen.append(True)
         return self._collect(leaves, opt_state, lent, before)
+
+    def _apply_to_masters(
+        self,
+        low: list[str],
+        leaves: Mapping[str, Tensor],
+        opt_state: Mapping[str, dict[str, PyTree]],
+        step: int,
+        found_inf: Tensor | None,
+    ) -> dict[str, Mapping[str, PyTree]]:
+        """Update float32 copies of the parameters in half precision, and round the result into them."""
+        masters = {}
+        for name in low:
+            kept = opt_state.get(name, {}).get(MASTER)
+            masters[name] = leaves[name].detach().float() if kept is None else kept
+            masters[name].grad = None if leaves[name].grad is None else leaves[name].grad.float()  # type: ignore[union-attr]
+        own = {name: {k: v for k, v in kept.items() if k != MASTER} for name, kept in opt_state.items()}
+        rest = attrs.evolve(self, master_weights=False)
+        after = rest.apply_({**leaves, **masters}, own, step, found_inf)
+        self.seen.extend(rest.seen)
+        for master in masters.values():
+            master.grad = None
+        with torch.no_grad():
+            torch._foreach_copy_([leaves[name] for name in low], list(masters.values()))
+        idle = {n: opt_state[n][MASTER] for n in opt_state.keys() - masters.keys() if MASTER in opt_state[n]}
+        return {**after, **{n: {**after.get(n, {}), MASTER: master} for n, master in {**idle, **masters}.items()}}
 
     def _lend(
         self, leaves: Mapping[str, Tensor], opt_state: Mapping[str, dict[str, PyTree]], step: int
@@ -292,6 +337,10 @@ class BoundOptimizer:
                 memory = {_GROUP_PREFIX + key: group[key] for key in kept}
                 after[names[0]] = {**after.get(names[0], {}), **memory}
         return after
+
+
+def _is_low(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.bfloat16, torch.float16)
 
 
 def _marks(instance: torch.optim.Optimizer) -> set[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """The pure update against the class itself, over every optimizer of torch that steps without a closure."""
 
+import copy
 import inspect
 
 import broken
@@ -359,3 +360,59 @@ def test_a_tensor_from_a_schedule_does_not_stick(monkeypatch):
     monkeypatch.delattr(torch, "_foreach_clone", raising=False)  # as in torch 2.11
     constant = ft.optimizer(torch.optim.SGD, lr=torch.tensor(0.1))
     assert constant.update({"w": torch.zeros(1)}, {"w": torch.ones(1)}, {}, step=0)[1] == {}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (torch.optim.AdamW, {"fused": True}),
+        (torch.optim.AdamW, {"amsgrad": True}),
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.Adagrad, {}),
+    ],
+)
+def test_master_weights_are_bitwise_the_loop_by_hand(cls, options, in_place):
+    """bf16 parameters follow float32 copies that the class updates with float32 gradients."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).bfloat16()
+    by_hand = copy.deepcopy(model)
+    batches = [torch.randn(16, 8).bfloat16() for _ in range(5)]
+
+    def loss_fn(model, batch):
+        return model(batch).square().mean().float()
+
+    optimizer = ft.optimizer(cls, lr=1e-3, master_weights=True, **options)
+    step_fn = ft.supervised_step(model, loss_fn, optimizer)
+    state = ft.init_state(model, optimizer)
+    if in_place:
+        step_fn = ft.shell.in_place(step_fn)
+
+    masters = [param.detach().float() for param in by_hand.parameters()]
+    reference = cls(masters, lr=1e-3, **options)
+    for batch in batches:
+        by_hand.zero_grad()
+        loss_fn(by_hand, batch).backward()
+        for master, param in zip(masters, by_hand.parameters(), strict=True):
+            master.grad = param.grad.float()
+        reference.step()
+        with torch.no_grad():
+            torch._foreach_copy_(list(by_hand.parameters()), masters)
+        state = step_fn(state, batch)
+    for (name, param), master, expected in zip(state.params.items(), masters, by_hand.parameters(), strict=True):
+        assert param.dtype == torch.bfloat16
+        assert torch.equal(param, expected)
+        assert torch.equal(state.opt_state[name]["master_weight"], master)
+
+
+def test_small_updates_round_away_without_master_weights():
+    """What master weights are for: 1 + 0.001 is 1 in bf16, a hundred times over."""
+    ends = {}
+    for master_weights in (False, True):
+        sgd = ft.optimizer(torch.optim.SGD, lr=0.001, master_weights=master_weights)
+        params, opt_state = {"w": torch.ones(1).bfloat16()}, {}
+        for step in range(100):
+            params, opt_state = sgd.update(params, {"w": torch.ones(1).bfloat16()}, opt_state, step=step)
+        ends[master_weights] = params["w"].item()
+    assert ends[False] == 1.0
+    assert ends[True] == pytest.approx(0.9, abs=0.004)

@@ -91,7 +91,7 @@ def next_loss_scale(now: Mapping[str, Tensor], healthy: bool | Tensor) -> dict[s
     Source: Micikevicius et al. 2018, "Mixed precision training", section 3.2
     """
     scale, good = now["scale"], now["good_steps"]
-    ok = healthy if isinstance(healthy, Tensor) else torch.tensor(healthy, device=scale.device)
+    ok = healthy if isinstance(healthy, Tensor) else torch.full((), healthy, device=scale.device)
     counted = good + 1
     grows = counted >= GROWTH_INTERVAL
     grown = torch.where(grows, scale * 2, scale).clamp(max=_LARGEST)

@@ -45,8 +45,7 @@ class Work:
 
     leaves: dict[str, Tensor]  # the parameters to update, gradients in `.grad`, clipped if healthy
     healthy: bool | Tensor  # whether to update; a tensor where the host would have to wait
-    changes: dict[str, Any]  # fields of the next state that hold whether it updates or not
-    metrics: dict[str, Any]  # the same record as in `changes`
+    changes: dict[str, Any]  # fields of the next state that hold whether it updates or not: metrics, extra
 
 
 @attrs.frozen(eq=False)
@@ -114,6 +113,7 @@ class SupervisedStep:
         params, buffers = tree.clone((state.params, state.buffers))
         lease = self.slots.lend(params, buffers, self.bound.frozen)
         try:
+            self.seed(state)
             work = self.work(state, batch)
             if work.healthy is False:
                 return state.advance(**work.changes)
@@ -172,16 +172,19 @@ class SupervisedStep:
                 "supervised_step after the model is complete"
             )
 
+    def seed(self, state: TrainState) -> None:
+        """Seed the default generators for this step."""
+        seed_generators(state.seed, state.step, self.rank)
+
     def work(self, state: TrainState, batch: Batch) -> Work:
         """Forward, backward and decision on whatever memory the slots hold; every form of the step begins with it."""
-        seed_generators(state.seed, state.step, self.rank)
         device = next(iter(self.slots.params.values())).device
         scale = loss_scale(state.extra, device) if self.precision == "fp16" else None
         with tf32(device) if self.precision == "tf32" else _NOTHING:
             parts = self._backward(batch, device, None if scale is None else scale["scale"])
         leaves = self._reduced_leaves(parts, None if scale is None else scale["scale"])
         metrics = _report(parts)
-        metrics[LR] = self.optimizer.lr(state.step) if callable(self.optimizer.lr) else self.optimizer.lr
+        metrics[LR] = self.lr(state.step)
         norm = self._norm(leaves)
         if norm is not None:
             metrics["grad_norm"] = norm
@@ -194,7 +197,7 @@ class SupervisedStep:
             changes["extra"] = {**state.extra, LOSS_SCALE: next_loss_scale(scale, healthy)}
         if healthy is not False:
             self._clip(leaves, norm)
-        return Work(leaves, healthy, changes, metrics)
+        return Work(leaves, healthy, changes)
 
     def _backward(
         self, batch: Batch, device: torch.device, scale: Tensor | None = None
@@ -238,6 +241,10 @@ class SupervisedStep:
                 # A copy: what the function returned may be anyone's memory, and clipping writes in place.
                 leaf.grad = grads.own_layout(name, after[name], leaf, None) if name in after else None
         return {name: leaf for name, leaf in leaves.items() if name in after}
+
+    def lr(self, step: int) -> Any:
+        """The learning rate that a step reports: the optimizer's own, before the factors of groups."""
+        return self.optimizer.lr(step) if callable(self.optimizer.lr) else self.optimizer.lr
 
     def _norm(self, leaves: dict[str, Tensor]) -> float | Tensor | None:
         wanted = self.clip_grad_norm is not None or self.on_nonfinite != "allow"

@@ -6,6 +6,7 @@ What the old state held is overwritten, so its lease ends at the first write and
 
 import logging
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -84,6 +85,7 @@ class InPlace:
         self.updated: set[str] = set()  # parameters that have had an update: their optimizer state is there
         self.fused: FusedAdam | None = None
         self.said = False  # that the host waits for each decision
+        self.moves = 0  # how often a parameter or a buffer got other memory
 
     @property
     def rank(self) -> int:
@@ -97,35 +99,41 @@ class InPlace:
         step = self.step
         if state.step == 0 or not step.bound.seen:
             step.check_model()
-        self._own(state)
-        before = self._begin()
+        self.own(state)
+        before = self.begin()
         try:
+            step.seed(state)
             work = step.work(state, batch)
             healthy = work.healthy
-            if isinstance(healthy, Tensor) and not self._decides_on_device(work.leaves):
+            if isinstance(healthy, Tensor) and not self.decides_on_device(work.leaves):
                 healthy = bool(healthy)
             if healthy is not False:
-                self._settle_params()
-                self._settle_buffers(before, healthy)
+                self.settle_params()
+                self.settle_buffers(before, healthy)
         except BaseException:
-            self._undo(before)
+            self.undo(before)
             raise
         if healthy is False:
-            self._undo(before)
+            self.undo(before)
         else:
             self.home.end(f"step {state.step + 1}", *FIELDS)
             try:
-                self._update(work.leaves, healthy, state.step)
+                self.update(work.leaves, healthy, state.step)
             finally:
-                self._end(before)
+                self.end(before)
+        return self.advanced(state, work.changes)
+
+    def advanced(self, state: TrainState, changes: dict[str, Any]) -> TrainState:
+        """The next state: this memory, on lease."""
+        step = state.step + 1
         return state.advance(
-            params=Leased(self.params, self.home, "params", state.step + 1),
-            buffers=Leased(self.buffers, self.home, "buffers", state.step + 1),
-            opt_state=Leased(self.opt_state, self.home, "opt_state", state.step + 1),
-            **work.changes,
+            params=Leased(self.params, self.home, "params", step),
+            buffers=Leased(self.buffers, self.home, "buffers", step),
+            opt_state=Leased(self.opt_state, self.home, "opt_state", step),
+            **changes,
         )
 
-    def _own(self, state: TrainState) -> None:
+    def own(self, state: TrainState) -> None:
         """Copy in what of a state is not this memory already."""
         reason = f"step {state.step + 1}, which began from another state"
         if not (self.home.leased(state.params, "params") and self.home.leased(state.buffers, "buffers")):
@@ -141,7 +149,7 @@ class InPlace:
         self.home.end(reason, "opt_state")
         self.updated = set(theirs)
 
-    def _begin(self) -> "_Before":
+    def begin(self) -> "Before":
         """No gradients, frozen parameters asking for none; copies of the buffers, which the forward may write to."""
         slots = self.step.slots
         for param in slots.params.values():
@@ -150,19 +158,19 @@ class InPlace:
         for param in frozen:
             param.requires_grad_(False)
         if not slots.places:
-            return _Before(frozen, [])
+            return Before(frozen, [])
         buffers = [owner[key] for _, owner, key in slots.places]
         homes = [None if buffer is None else buffer.data for buffer in buffers]
-        return _Before(frozen, list(zip(slots.places, buffers, homes, tree.clone(homes), strict=True)))
+        return Before(frozen, list(zip(slots.places, buffers, homes, tree.clone(homes), strict=True)))
 
-    def _undo(self, before: "_Before") -> None:
+    def undo(self, before: "Before") -> None:
         """Leave the state as it was: buffers get the values back that the forward wrote over."""
         for name, param in self.step.slots.params.items():
             if param.data_ptr() != self.params[name].data_ptr():  # the forward put another tensor there
                 param.data = self.params[name]
-        self._end(before, keep_buffers=False)
+        self.end(before, keep_buffers=False)
 
-    def _end(self, before: "_Before", *, keep_buffers: bool = True) -> None:
+    def end(self, before: "Before", *, keep_buffers: bool = True) -> None:
         """Drop gradients and put scratch buffers back; without `keep_buffers` the persistent ones too."""
         for param in self.step.slots.params.values():
             param.grad = None
@@ -175,13 +183,14 @@ class InPlace:
                     buffer.data = home
                     home.copy_(copy)  # memory apart from autograd: `.data`
 
-    def _settle_params(self) -> None:
+    def settle_params(self) -> None:
         """Follow a forward or an optimizer that put another tensor in a parameter's place."""
         for name, param in self.step.slots.params.items():
             if param.data_ptr() != self.params[name].data_ptr():
                 self.params[name], self.fused = param.detach(), None
+                self.moves += 1
 
-    def _settle_buffers(self, before: "_Before", healthy: bool | Tensor) -> None:
+    def settle_buffers(self, before: "Before", healthy: bool | Tensor) -> None:
         """Keep in the state's memory what a forward wrote to the buffers, or assigned in their place."""
         for (name, owner, key), buffer, home, copy in before.buffers:
             value = owner[key]
@@ -193,12 +202,13 @@ class InPlace:
                 value = value.detach()
                 same = value.shape == home.shape and value.dtype == home.dtype
                 buffer.data = home = home.copy_(value) if same else value.clone()
+                self.moves += not same
                 owner[key] = buffer
                 self.buffers[name] = buffer.detach()
             if isinstance(healthy, Tensor):
                 torch.where(healthy, home, copy, out=home)
 
-    def _decides_on_device(self, leaves: dict[str, Tensor]) -> bool:
+    def decides_on_device(self, leaves: dict[str, Tensor]) -> bool:
         """Whether the update can be made, or not made, without the host knowing which."""
         if not leaves.keys() <= self.updated:
             return False  # the first update makes the optimizer's state: the host decides
@@ -217,7 +227,9 @@ class InPlace:
     def _takes_found_inf(self) -> bool:
         return getattr(self.step.bound.template, "_step_supports_amp_scaling", False)
 
-    def _update(self, leaves: dict[str, Tensor], healthy: bool | Tensor, step: int) -> None:
+    def update(
+        self, leaves: dict[str, Tensor], healthy: bool | Tensor, step: int, lrs: Sequence[Tensor] | None = None
+    ) -> None:
         """The optimizer's update, in place; a decision left to the device goes into its kernel, or picks afterwards."""
         bound, params = self.step.bound, self.step.slots.params
         found_inf = (~healthy).float() if isinstance(healthy, Tensor) and self._takes_found_inf else None
@@ -226,10 +238,10 @@ class InPlace:
             tree.clone({"params": {n: self.params[n] for n in leaves}, "opt_state": self.opt_state}) if choosing else {}
         )
         if self.fused is not None and self.fused.takes(leaves):
-            self.fused(leaves, step, found_inf)
+            self.fused(leaves, step, found_inf, lrs)
         else:
             self.opt_state = dict(bound.apply_(params, self.opt_state, step, found_inf))
-            self._settle_params()
+            self.settle_params()
             self.fused = FusedAdam.of(bound, self.params, self.opt_state)
             self.updated |= leaves.keys()
         if isinstance(healthy, Tensor) and choosing:
@@ -244,7 +256,7 @@ class InPlace:
 
 
 @attrs.frozen(eq=False)
-class _Before:
+class Before:
     """What a step may have to put back."""
 
     frozen: list[nn.Parameter]

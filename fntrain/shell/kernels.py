@@ -4,7 +4,7 @@ The arithmetic is the kernel's, so the result is bitwise the class's; what is sa
 at every step.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -52,15 +52,32 @@ class FusedAdam:
             groups.append(_Group(names, [params[name] for name in names], lists, counts, counted, options, hyper))
         return cls(_KERNELS[type(optimizer)], groups, frozenset(name for names in bound.names for name in names))
 
+    def lrs(self, step: int) -> list[float] | None:
+        """The learning rate of each group at a step, or None if another option is scheduled too."""
+        if any(group.scheduled.keys() - {"lr"} for group in self.groups):
+            return None
+        return [group.scheduled["lr"](step) if group.scheduled else group.options["lr"] for group in self.groups]
+
     def takes(self, leaves: Mapping[str, Tensor]) -> bool:
         """Whether every parameter has a gradient, and nobody wants to see the class's step."""
         return leaves.keys() == self.names and not (_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
 
-    def __call__(self, leaves: Mapping[str, Tensor], step: int, found_inf: Tensor | None = None) -> None:
-        """Update in place by the gradients of the leaves; where `found_inf` is 1 everything stays as it was."""
-        for group in self.groups:
+    def __call__(
+        self,
+        leaves: Mapping[str, Tensor],
+        step: int,
+        found_inf: Tensor | None = None,
+        lrs: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Update in place by the gradients of the leaves; where `found_inf` is 1 everything stays as it was.
+
+        `lrs` are learning rates on the device, one for each group, in place of those of the step.
+        """
+        for index, group in enumerate(self.groups):
             now = group.options
-            if group.scheduled:
+            if lrs is not None:
+                now = {**now, "lr": lrs[index]}
+            elif group.scheduled:
                 now = {**now, **{key: fn(step) for key, fn in group.scheduled.items()}}
             if group.counted is None:
                 group.counts.add_(1)

@@ -5,7 +5,9 @@ and of lists with one mapping, string or number for each sample. A list of tenso
 default collate makes it: pass `split=` for a list with one tensor for each sample. The rest goes to all micro-batches.
 """
 
-from collections.abc import Iterator, Mapping
+import copy
+import dataclasses
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping
 from itertools import pairwise
 from typing import Any
 
@@ -56,6 +58,53 @@ def split_batch(batch: Batch, num: int) -> list[Batch]:
     num = min(num, total)
     bounds = [(total * i + num - 1) // num for i in range(num + 1)]
     return [_slice(batch, start, end) for start, end in pairwise(bounds)]
+
+
+def map_batch(fn: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+    """Rebuild a batch with `fn` applied to its tensors, in mappings, lists, tuples and dataclasses.
+
+    Example:
+      >>> import torch
+      >>> map_batch(torch.neg, {"x": torch.ones(()), "name": "a"})
+      {'x': tensor(-1.), 'name': 'a'}
+    """
+    if isinstance(batch, Tensor):
+        return fn(batch)
+    if isinstance(batch, Mapping):
+        new = {key: map_batch(fn, value) for key, value in batch.items()}
+        if type(batch) is dict or not isinstance(batch, MutableMapping):
+            return new
+        kind = copy.copy(batch)
+        kind.update(new)
+        return kind
+    if isinstance(batch, tuple | list):
+        parts = [map_batch(fn, value) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch) if field.init}
+        return dataclasses.replace(batch, **{name: map_batch(fn, value) for name, value in fields.items()})
+    return batch
+
+
+def signature(batch: Batch) -> Hashable:
+    """Return what two batches have in common if only the values of their tensors differ.
+
+    Example:
+      >>> import torch
+      >>> signature([torch.zeros(2), "a"]) == signature([torch.ones(2), "a"]) != signature([torch.ones(3), "a"])
+      True
+    """
+    if isinstance(batch, Tensor):
+        return (batch.shape, batch.dtype, batch.device, batch.stride())
+    if isinstance(batch, Mapping):
+        return (type(batch), *((key, signature(value)) for key, value in batch.items()))
+    if isinstance(batch, tuple | list):
+        return (type(batch), *map(signature, batch))
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return (type(batch), *(signature(getattr(batch, field.name)) for field in dataclasses.fields(batch)))
+    if hasattr(batch, "tobytes"):  # an array
+        return (str(batch.dtype), batch.shape, batch.tobytes())
+    return (type(batch), batch) if isinstance(batch, Hashable) else repr(batch)
 
 
 def _sizes(batch: Batch, path: str) -> Iterator[tuple[str, int]]:

@@ -17,6 +17,10 @@ class NonFiniteError(FntrainError, FloatingPointError):
     """Loss or gradients were inf or nan under `on_nonfinite="raise"`; the message names them and the step."""
 
 
+class GraphError(FntrainError, RuntimeError):
+    """A step can't be captured as a CUDA graph; the message says why and what to do."""
+
+
 class StateConsumedError(FntrainError, RuntimeError):
     """A state was used after a step run in place wrote to its memory; the message names both steps."""
 

@@ -10,6 +10,13 @@ import torch
 BY_OTHERS = ("PYTEST_", "TORCHINDUCTOR_", "KMP_")  # set by pytest, by torch when it loads dynamo, by scikit-learn
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(autouse=True)
 def _leaves_nothing_behind():
     environment, threads = dict(os.environ), set(threading.enumerate())

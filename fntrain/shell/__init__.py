@@ -1,5 +1,6 @@
 """The shell: the only place with effects. Steps on a device, checkpoints in files."""
 
+from fntrain.shell.cuda import cuda_step
 from fntrain.shell.in_place import in_place
 
-__all__ = ["in_place"]
+__all__ = ["cuda_step", "in_place"]

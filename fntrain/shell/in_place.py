@@ -55,14 +55,19 @@ def in_place(step_fn: SupervisedStep, *, compile: bool = False) -> "InPlace":  #
 
     Source: buffer donation of jax.jit
     """
+    check_step(step_fn)
+    if compile:
+        step_fn = attrs.evolve(step_fn, loss_fn=torch.compile(step_fn.loss_fn))
+    return InPlace(step_fn)
+
+
+def check_step(step_fn: Any) -> None:
+    """Raise TypeError unless the step is one whose parts the shell knows."""
     if not isinstance(step_fn, SupervisedStep):
         raise TypeError(
             f"step_fn: got {getattr(step_fn, '__name__', type(step_fn).__name__)}, expected what ft.supervised_step "
             "returned; give a step written by hand to ft.fit as it is"
         )
-    if compile:
-        step_fn = attrs.evolve(step_fn, loss_fn=torch.compile(step_fn.loss_fn))
-    return InPlace(step_fn)
 
 
 class InPlace:
@@ -165,10 +170,10 @@ class InPlace:
 
     def undo(self, before: "Before") -> None:
         """Leave the state as it was: buffers get the values back that the forward wrote over."""
-        for name, param in self.step.slots.params.items():
-            if param.data_ptr() != self.params[name].data_ptr():  # the forward put another tensor there
-                param.data = self.params[name]
+        for name in self.strays():
+            self.step.slots.params[name].data = self.params[name]
         self.end(before, keep_buffers=False)
+        self.buffers = {name: buffer.detach() for name, buffer in self.step.slots.buffers.items()}
 
     def end(self, before: "Before", *, keep_buffers: bool = True) -> None:
         """Drop gradients and put scratch buffers back; without `keep_buffers` the persistent ones too."""
@@ -185,10 +190,14 @@ class InPlace:
 
     def settle_params(self) -> None:
         """Follow a forward or an optimizer that put another tensor in a parameter's place."""
-        for name, param in self.step.slots.params.items():
-            if param.data_ptr() != self.params[name].data_ptr():
-                self.params[name], self.fused = param.detach(), None
-                self.moves += 1
+        for name in self.strays():
+            self.params[name], self.fused = self.step.slots.params[name].detach(), None
+            self.moves += 1
+
+    def strays(self) -> list[str]:
+        """Parameters that no longer lie in the memory of the state."""
+        own = self.params
+        return [n for n, param in self.step.slots.params.items() if param.data_ptr() != own[n].data_ptr()]
 
     def settle_buffers(self, before: "Before", healthy: bool | Tensor) -> None:
         """Keep in the state's memory what a forward wrote to the buffers, or assigned in their place."""

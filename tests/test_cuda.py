@@ -486,8 +486,8 @@ def test_gpu_graphs_of_several_shapes_share_memory():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compile", [False, True])
-def test_gpu_channels_last_and_compile(compile):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gpu_channels_last_and_compile(compiled):
     """A convolution in channels_last, through torch.compile too, trains and keeps the state's layout."""
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -495,7 +495,7 @@ def test_gpu_channels_last_and_compile(compile):
     )
     optimizer = ft.optimizer(torch.optim.AdamW, lr=1e-2, fused=True)
     step_fn = ft.supervised_step(model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), optimizer, precision="bf16")
-    step_fn = ft.shell.cuda_step(step_fn, channels_last=True, compile=compile)
+    step_fn = ft.shell.cuda_step(step_fn, channels_last=True, compile=compiled)
     state = ft.init_state(model, optimizer)
     batch = (torch.randn(16, 3, 12, 12), torch.randint(0, 2, (16,)))
     losses = []

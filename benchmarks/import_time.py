@@ -1,6 +1,6 @@
 """How much longer does `import fntrain` take than `import torch` alone, and does it import what is used later only?
 
-    python benchmarks/import_time.py [--rounds 21]
+    python benchmarks/import_time.py [--rounds 15] [--json FILE]
 
 Each import runs in a fresh interpreter, which times it itself, so starting Python does not count. The two take turns;
 the ratio is formed within each round. Bytecode of both is cached in a temporary folder, as after an installation.
@@ -9,6 +9,7 @@ whatever comes next; so the times are given with the collector as it is and with
 """
 
 import argparse
+import json
 import os
 import platform
 import subprocess
@@ -65,13 +66,18 @@ def loaded_by(name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path, help="write the raw seconds here")
     args = parser.parse_args()
     times = measure(args.rounds)
     version = python("import torch; print(torch.__version__)", PYTHONDONTWRITEBYTECODE="1")
     print("# Import time\n")
-    print(f"- date: {date.today().isoformat()}\n- hardware: {cpu_model()}")
-    print(f"- versions: Python {platform.python_version()}, torch {version}")
-    print(f"- command: {' '.join(['python', 'benchmarks/import_time.py', *sys.argv[1:]])}\n")
+    facts = {
+        "date": date.today().isoformat(),
+        "hardware": cpu_model(),
+        "versions": f"Python {platform.python_version()}, torch {version}",
+        "command": " ".join(["python", "benchmarks/import_time.py", *sys.argv[1:]]),
+    }
+    print("\n".join(f"- {key}: {value}" for key, value in facts.items()) + "\n")
     print("| garbage collector | import torch, ms | import fntrain, ms | ratio |\n|---|---|---|---|")
     for gc, one in times.items():
         print(row(gc, one["torch"], one["fntrain"]))
@@ -79,6 +85,8 @@ def main() -> None:
     print(f"Medians of {args.rounds} rounds; quartiles in brackets.\n")
     print(f"Of {', '.join(LATER)}:\n")
     print(f"- `import torch` brings in: {loaded_by('torch')}\n- `import fntrain` brings in: {loaded_by('fntrain')}")
+    if args.json:
+        args.json.write_text(json.dumps({**facts, "seconds": times}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,148 +1,93 @@
-"""What do the pure step and the fold cost per step, against the loop people write by hand?
+"""What does a step cost by each road: the loop people write by hand, ours, and those of other libraries?
 
-    python benchmarks/overhead.py [--rounds 40] [--steps 100] [--models mlp,cnn,gpt,empty] [--threads 1] [--json FILE]
+    python benchmarks/overhead.py [--rounds 40] [--steps 100] [--models mlp,cnn,gpt,gpt25]
+                                  [--sections plain,logs,clips,compiled,empty] [--no-peers] [--threads 1] [--json FILE]
 
-Every round runs every competitor for the same number of steps on the same prepared batches, in an order that rotates.
-Shown are medians over the rounds; a ratio is formed within each round, then its median and quartiles over the rounds.
-At the end competitors that compute the same must hold bitwise the same weights, or the script fails.
+Every round runs every competitor of a section for the same number of steps on the same prepared batches, in an order
+shuffled anew. Shown are medians over the rounds; a ratio is formed within each round, then its median and quartiles
+over the rounds. In each section all that compute the same must end with bitwise the same weights, or the script fails;
+those with other kernels (compiled ones) must be close to them after a few steps. AdamW(fused=True) wherever it exists.
+
+There are two denominators: the raw loop as it is usually written, and one tuned as far as we know how. How libraries
+that own their loop are timed without their start-up: see harness.py.
+
+- plain: constant learning rate, no clipping, no logs.
+- logs: the same, and every 20 steps loss, learning rate and times go to the console, a file of lines, and TensorBoard.
+- clips: scheduled learning rate, gradients clipped to norm 1, metrics kept in a list.
+- compiled: scheduled learning rate; the whole step as one program, with jax.jit for comparison (the MLP only).
+  `--pin 0` holds the whole process, XLA's threads too, to one core.
+- empty: a step that does nothing, so that what remains is the fold.
 """
 
 import argparse
-import gc
 import json
-import os
-import platform
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from datetime import date
-from itertools import cycle, islice
+from functools import partial
+from itertools import cycle, islice, product
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import attrs
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from harness import (
+    EVERY,
+    LR,
+    MAX_NORM,
+    OPTIONS,
+    SCHEDULE,
+    Batch,
+    Case,
+    Competitor,
+    Entry,
+    Lent,
+    MissingError,
+    Times,
+    classes,
+    from_shell,
+    header,
+    lent,
+    loss_fn,
+    make_case,
+    measure,
+    parser,
+    prepare,
+    run_section,
+    show_header,
+    spread,
+    table,
+    write_json,
+)
+from torch import Tensor
+from torch.autograd import Variable
 
 import fntrain as ft
 
-Batch = tuple[Tensor, Tensor]
-Times = dict[str, list[float]]  # competitor -> seconds per step, one number per round
-OPTIONS: dict[str, Any] = {"weight_decay": 0.01, "fused": True}
-SCHEDULE = ft.schedules.warmup_cosine(1e-3, warmup_steps=100, total_steps=1_000_000)
-MAX_NORM = 1.0
-PLAIN = "raw loop"
-LOGGED = "raw loop, clips and logs"
-ALLOW = 'pure step, no clipping, on_nonfinite="allow"'
-BARE = "pure step in a bare loop"
-FIT = "fit, pure step, 0 hooks"
-HOOKED = "fit, pure step, 10 idle hooks"
+SECTIONS = ("plain", "logs", "clips", "compiled", "empty")
+PLAIN, TUNED = "raw loop", "raw loop, tuned"
+LOGS, TUNED_LOGS = "raw loop that logs", "raw loop that logs, tuned"
+CLIPS, TUNED_CLIPS = "raw loop, clips and keeps metrics", "raw loop, clips and keeps metrics, tuned"
+SCHEDULED, TUNED_SCHEDULED = "raw loop, scheduled lr", "raw loop, scheduled lr, tuned"
+COMPILED, JAX = "ours, compile_step", "jax.jit, whole step, donated"
+BARE, FIT, HOOKED = "empty step in a bare loop", "fit, empty step, 0 hooks", "fit, empty step, 10 idle hooks"
+BASES = {
+    "plain": (PLAIN, TUNED),
+    "logs": (LOGS, TUNED_LOGS),
+    "clips": (CLIPS, TUNED_CLIPS, PLAIN),
+    "compiled": (SCHEDULED, TUNED_SCHEDULED, PLAIN, JAX),
+}
+WAYS = ("pure", "in_place")  # forms of our step
 
 
-# ------------------------------------------------------------------------------------------------- models and batches
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        query, key, value = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + torch.as_tensor(self.mlp(self.norm2(x)))
-
-
-class GPT(nn.Module):
-    """Decoder of 3.2M parameters: 4 blocks of width 256, 4 heads, 96 characters, context 128."""
-
-    def __init__(self, vocabulary: int = 96, context: int = 128, width: int = 256, depth: int = 4) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(Block(width, heads=4) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        return torch.as_tensor(self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions(places)))))
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-
-
-def cnn() -> nn.Module:
-    """The network of recipes/digits.py without its dropout, which a raw loop would draw differently."""
-
-    def block(inputs: int, outputs: int) -> list[nn.Module]:
-        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-
-    pool, head = nn.MaxPool2d(2), nn.Linear(64 * 2 * 2, 10)
-    return nn.Sequential(*block(1, 32), *block(32, 32), pool, *block(32, 64), pool, nn.Flatten(), head)
-
-
-def classes(*shape: int) -> Batch:
-    return torch.randn(32, *shape), torch.randint(0, 10, (32,))
-
-
-def tokens(sequences: int = 4, length: int = 128) -> Batch:
-    drawn = torch.randint(0, 96, (sequences, length + 1))
-    return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
-
-
-def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
-    inputs, targets = batch
-    return F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
-
-
-@attrs.frozen
-class Case:
-    """A model with its batches; every competitor gets a copy of the one and all of the other."""
-
-    title: str
-    model: nn.Module
-    batches: list[Batch]
-    steps: int
-
-    def take(self, steps: int) -> Iterator[Batch]:
-        return islice(cycle(self.batches), steps)
-
-
-def case(name: str, steps: int) -> Case:
-    """Make a case; slower models take fewer of the steps per round."""
-    torch.manual_seed(0)
-    if name == "mlp":
-        return Case("MLP 64-64-10, batch 32", mlp(), [classes(64) for _ in range(16)], steps)
-    if name == "cnn":
-        return Case("CNN of the digits recipe, batch 32", cnn(), [classes(1, 8, 8) for _ in range(16)], steps // 5 or 1)
-    model = GPT()
-    size = sum(param.numel() for param in model.parameters())
-    return Case(f"GPT, {size:,} parameters, 512 tokens", model, [tokens() for _ in range(16)], steps // 50 or 1)
-
-
-# -------------------------------------------------------------------------------------------------------- competitors
-
-
-@attrs.frozen
-class Competitor:
-    """`run(n)` goes on for n steps; `weights()` are those reached."""
-
-    run: Callable[[int], None]
-    weights: Callable[[], Sequence[Tensor]]
+# ---------------------------------------------------------------------------------------------------------- raw loops
 
 
 def raw_loop(case: Case) -> Competitor:
     model = deepcopy(case.model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **OPTIONS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, **OPTIONS)
 
     def run(steps: int) -> None:
         for batch in case.take(steps):
@@ -154,10 +99,25 @@ def raw_loop(case: Case) -> Competitor:
     return Competitor(run, lambda: list(model.parameters()))
 
 
-def raw_loop_logged(case: Case) -> Competitor:
+def raw_loop_lent(case: Case) -> Competitor:
+    """The raw loop, fed as the libraries are that own their loop."""
+    model = deepcopy(case.model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, **OPTIONS)
+
+    def train(batches: Lent) -> None:
+        for batch in batches:
+            optimizer.zero_grad()
+            loss = loss_fn(model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+    return lent(case, train, lambda _: list(model.parameters()))
+
+
+def raw_loop_scheduled(case: Case, *, clips: bool = False) -> Competitor:
     model = deepcopy(case.model)
     params = list(model.parameters())
-    optimizer = torch.optim.AdamW(params, lr=1e-3, **OPTIONS)
+    optimizer = torch.optim.AdamW(params, lr=LR, **OPTIONS)
     done = 0
 
     def run(steps: int) -> None:
@@ -170,45 +130,196 @@ def raw_loop_logged(case: Case) -> Competitor:
             optimizer.zero_grad()
             loss = loss_fn(model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
-            norm = torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
+            if clips:
+                norm = torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
+                log.append({"loss": loss.detach(), "grad_norm": norm, "lr": lr})
             optimizer.step()
-            log.append({"loss": loss.detach(), "grad_norm": norm, "lr": lr})
             done += 1
 
     return Competitor(run, lambda: params)
 
 
-def pure_loop(case: Case, *, clips: bool = True) -> Competitor:
-    step_fn, state = pure_step(case, clips=clips)
+def tuned_step(case: Case) -> tuple[Callable[..., tuple[Tensor, Tensor | None]], Sequence[Tensor]]:
+    """As little around torch's kernels as we know how, with the model called as it is.
+
+    No Optimizer.step around the fused kernel, no zero_grad (gradients are dropped), the autograd engine called without
+    its wrapper, and for clipping one norm over all gradients and a branch on the host.
+    """
+    model = deepcopy(case.model)
+    params = list(model.parameters())
+    data = [param.detach() for param in params]
+    first, second = [torch.zeros_like(param) for param in data], [torch.zeros_like(param) for param in data]
+    counts = [torch.zeros(()) for _ in params]
+    one = torch.ones(())
+    backward = Variable._execution_engine.run_backward
+
+    def step(batch: Batch, lr: float = LR, *, clips: bool = False) -> tuple[Tensor, Tensor | None]:
+        loss = loss_fn(model, batch)
+        backward((loss,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+        grads: list[Any] = [param.grad for param in params]
+        norm = None
+        if clips:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+            factor = MAX_NORM / (norm + 1e-6)
+            if factor.item() < 1.0:
+                torch._foreach_mul_(grads, factor)
+        torch._foreach_add_(counts, 1)
+        torch._fused_adamw_(
+            data,
+            grads,
+            first,
+            second,
+            [],
+            counts,
+            lr=lr,
+            beta1=0.9,
+            beta2=0.999,
+            weight_decay=OPTIONS["weight_decay"],
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+        )
+        for param in params:
+            param.grad = None
+        return loss, norm
+
+    return step, params
+
+
+def tuned_loop(case: Case) -> Competitor:
+    step, params = tuned_step(case)
+
+    def run(steps: int) -> None:
+        for batch in case.take(steps):
+            step(batch)
+
+    return Competitor(run, lambda: params)
+
+
+def tuned_loop_scheduled(case: Case, *, clips: bool = False) -> Competitor:
+    step, params = tuned_step(case)
+    done = 0
+
+    def run(steps: int) -> None:
+        nonlocal done
+        log = []
+        for batch in case.take(steps):
+            lr = SCHEDULE(done)
+            loss, norm = step(batch, lr, clips=clips)
+            if clips:
+                log.append({"loss": loss.detach(), "grad_norm": norm, "lr": lr})
+            done += 1
+
+    return Competitor(run, lambda: params)
+
+
+def raw_loop_logs(case: Case, directory: Path, *, tuned: bool) -> Competitor:
+    """Logs what our default hooks log, as one would by hand: medians of 20 steps; nothing is read in between."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    if tuned:
+        step, params = tuned_step(case)
+    else:
+        model = deepcopy(case.model)
+        params = list(model.parameters())
+        optimizer = torch.optim.AdamW(params, lr=LR, **OPTIONS)
+
+        def step(batch: Batch) -> tuple[Tensor, Tensor | None]:
+            optimizer.zero_grad()
+            loss = loss_fn(model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            return loss, None
+
+    def train(batches: Lent) -> None:
+        losses: deque[Tensor] = deque(maxlen=EVERY)
+        times: dict[str, deque[float]] = {name: deque(maxlen=EVERY) for name in ("step", "data", "total")}
+        done, now = 0, time.perf_counter
+        with SummaryWriter(directory) as writer, (directory / "metrics.jsonl").open("a") as file:
+            end = now()
+            for batch in batches:
+                start = now()
+                times["data"].append(start - end)
+                loss, _ = step(batch)
+                losses.append(loss.detach())
+                times["step"].append(now() - start)
+                times["total"].append(now() - end)
+                end = now()
+                done += 1
+                if done % EVERY == 0:
+                    row = {"loss": median(torch.stack(list(losses)).tolist()), "lr": LR}
+                    row |= {f"time/{name}": median(values) for name, values in times.items()}
+                    print(f"step {done}  " + "  ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
+                    file.write(json.dumps({"step": done, **row}) + "\n")
+                    file.flush()
+                    for name, value in row.items():
+                        writer.add_scalar(name, value, done)
+                    writer.flush()
+
+    return lent(case, train, lambda _: params)
+
+
+def compiled_loop(case: Case, *, all_of_it: bool) -> Competitor:
+    """torch.compile of the loss, with the fused optimizer as it is or with the optimizer compiled too."""
+    model = deepcopy(case.model)
+    rate: Any = torch.tensor(LR) if all_of_it else LR
+    options = OPTIONS | {"fused": not all_of_it}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, **options)
+    forward = torch.compile(lambda batch: loss_fn(model, batch))
+    update = torch.compile(lambda: optimizer.step()) if all_of_it else optimizer.step
+    done = 0
+
+    def run(steps: int) -> None:
+        nonlocal done
+        for batch in case.take(steps):
+            lr = SCHEDULE(done)
+            for group in optimizer.param_groups:
+                if all_of_it:
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
+            optimizer.zero_grad()
+            forward(batch).backward()  # type: ignore[no-untyped-call]
+            update()
+            done += 1
+
+    return Competitor(run, lambda: list(model.parameters()))
+
+
+# --------------------------------------------------------------------------------------------------------------- ours
+
+
+def our_step(case: Case, way: str = "pure", *, lr: Any = LR, **options: Any) -> tuple[ft.StepFn, ft.TrainState]:
+    """`way`: "pure", or a function of ft.shell."""
+    wrap = None if way == "pure" else from_shell(way)
+    model = deepcopy(case.model)
+    optimizer = ft.optimizer(torch.optim.AdamW, lr=lr, **OPTIONS)
+    step_fn: ft.StepFn = ft.supervised_step(model, loss_fn, optimizer, **options)
+    return (wrap(step_fn) if wrap else step_fn), ft.init_state(model, optimizer, seed=0)
+
+
+def our_loop(case: Case, *, way: str = "pure", keeps: bool = False, **options: Any) -> Competitor:
+    step_fn, state = our_step(case, way, **options)
 
     def run(steps: int) -> None:
         nonlocal state
         log = []
         for batch in case.take(steps):
             state = step_fn(state, batch)
-            log.append(state.metrics)
+            if keeps:
+                log.append(state.metrics)
 
     return Competitor(run, lambda: list(state.params.values()))
 
 
-def fold(case: Case, hooks: list[Any]) -> Competitor:
-    step_fn, state = pure_step(case)
+def our_fit(case: Case, *, hooks: Sequence[Any], way: str = "pure", **options: Any) -> Competitor:
+    """One long `fit`, whose hooks stay open from round to round."""
+    step_fn, state = our_step(case, way, **options)
 
-    def run(steps: int) -> None:
-        nonlocal state
-        state = ft.fit(step_fn, hooks, state=state, data=case.take(steps), max_steps=state.step + steps)
+    def train(batches: Lent) -> ft.TrainState:
+        return ft.fit(step_fn, hooks, state=state, data=batches)
 
-    return Competitor(run, lambda: list(state.params.values()))
-
-
-def pure_step(case: Case, *, clips: bool = True) -> tuple[ft.StepFn, ft.TrainState]:
-    model = deepcopy(case.model)
-    optimizer = ft.optimizer(torch.optim.AdamW, lr=SCHEDULE if clips else 1e-3, **OPTIONS)
-    if clips:
-        step_fn = ft.supervised_step(model, loss_fn, optimizer, clip_grad_norm=MAX_NORM)
-    else:
-        step_fn = ft.supervised_step(model, loss_fn, optimizer, on_nonfinite="allow")
-    return step_fn, ft.init_state(model, optimizer, seed=0)
+    return lent(case, train, lambda loop: list(loop.result.params.values()))
 
 
 def idle_hooks() -> list[Any]:
@@ -220,8 +331,129 @@ def idle_hooks() -> list[Any]:
     return [ft.every(10**9, ft.hook(after_step=never, name=f"idle{index}")) for index in range(10)]
 
 
+def default_hooks(directory: Path) -> list[Any]:
+    return [
+        ft.hooks.iteration_timer(),
+        ft.hooks.write_metrics(ft.writers.default(directory), every=EVERY),
+        ft.hooks.checkpoint(directory, every=10**9),
+    ]
+
+
+def num_rebuilds(case: Case, steps: int = 1000) -> int | None:
+    """How many kernels inductor generates, and graphs dynamo traces, in steps 11 to 1010 of a schedule."""
+    try:
+        competitor = our_loop(case, way="compile_step", lr=SCHEDULE)
+    except MissingError:
+        return None
+    from torch._dynamo.utils import counters
+    from torch._inductor import metrics
+
+    def built() -> int:
+        return int(metrics.generated_kernel_count) + int(counters["stats"]["unique_graphs"])
+
+    competitor.run(10)
+    before = built()
+    competitor.run(steps)
+    return built() - before
+
+
+# ----------------------------------------------------------------------------------------------------------- sections
+
+
+def plain(peers: bool) -> dict[str, Entry]:
+    entries = {PLAIN: Entry(raw_loop), TUNED: Entry(tuned_loop), "raw loop, batches lent": Entry(raw_loop_lent)}
+    for way in WAYS:
+        entries |= {
+            f"ours, {way}": Entry(partial(our_loop, way=way)),
+            f'ours, {way}, on_nonfinite="allow"': Entry(partial(our_loop, way=way, on_nonfinite="allow")),
+            f"ours, {way}, fit, 0 hooks": Entry(partial(our_fit, hooks=[], way=way)),
+        }
+    if peers:
+        from peers import bare_entries
+
+        entries |= bare_entries()
+    return entries
+
+
+def logs(peers: bool, directory: Path) -> dict[str, Entry]:
+    def place(name: str) -> Path:
+        made = directory / name
+        made.mkdir(parents=True, exist_ok=True)
+        return made
+
+    entries = {
+        PLAIN: Entry(raw_loop),
+        LOGS: Entry(lambda case: raw_loop_logs(case, place("raw"), tuned=False)),
+        TUNED_LOGS: Entry(lambda case: raw_loop_logs(case, place("tuned"), tuned=True)),
+    }
+    for way, allow in product(WAYS, (False, True)):
+        options: dict[str, Any] = {"on_nonfinite": "allow"} if allow else {}
+        name = f"ours, {way}, fit, default hooks" + (', on_nonfinite="allow"' if allow else "")
+        hooks = default_hooks(place(f"{way}{allow}"))
+        entries[name] = Entry(partial(our_fit, hooks=hooks, way=way, **options))
+    if peers:
+        from peers import logging_entries
+
+        entries |= logging_entries(place)
+    return entries
+
+
+def clips() -> dict[str, Entry]:
+    options: dict[str, Any] = {"lr": SCHEDULE, "clip_grad_norm": MAX_NORM}
+    entries = {
+        CLIPS: Entry(partial(raw_loop_scheduled, clips=True)),
+        TUNED_CLIPS: Entry(partial(tuned_loop_scheduled, clips=True)),
+        PLAIN: Entry(raw_loop, exact=False),
+    }
+    for way in WAYS:
+        entries |= {
+            f"ours, {way}": Entry(partial(our_loop, way=way, keeps=True, **options)),
+            f"ours, {way}, fit, 0 hooks": Entry(partial(our_fit, hooks=[], way=way, **options)),
+            f"ours, {way}, fit, 10 idle hooks": Entry(partial(our_fit, hooks=idle_hooks(), way=way, **options)),
+        }
+    return entries
+
+
+def compiled(peers: bool) -> dict[str, Entry]:
+    entries = {
+        SCHEDULED: Entry(raw_loop_scheduled),
+        TUNED_SCHEDULED: Entry(tuned_loop_scheduled),
+        PLAIN: Entry(raw_loop, exact=False),
+        "torch.compile of the loss": Entry(partial(compiled_loop, all_of_it=False), exact=False, close=True),
+        "torch.compile of the loss and of optimizer.step": Entry(
+            partial(compiled_loop, all_of_it=True), exact=False, close=True
+        ),
+        "ours, in_place": Entry(partial(our_loop, way="in_place", lr=SCHEDULE)),
+        COMPILED: Entry(partial(our_loop, way="compile_step", lr=SCHEDULE), exact=False, close=True),
+    }
+    if peers:
+        from jax_step import jax_loop
+
+        entries[JAX] = Entry(jax_loop, exact=False, close=True)
+    return entries
+
+
+def run_model(case: Case, section: str, rounds: int, *, peers: bool) -> Times:
+    with TemporaryDirectory() as directory:
+        made: dict[str, Callable[[], dict[str, Entry]]] = {
+            "plain": partial(plain, peers),
+            "logs": partial(logs, peers, Path(directory)),
+            "clips": clips,
+            "compiled": partial(compiled, peers),
+        }
+        entries = made[section]()
+        times, left_out = run_section(entries, case, rounds=rounds)
+    print(table(f"{case.title}: {section}", times, BASES[section], left_out, steps=case.steps), flush=True)
+    if section == "compiled" and (rebuilds := num_rebuilds(case)) is not None:
+        print(f"compile_step: {rebuilds} kernels or graphs built anew in 1000 scheduled steps.\n", flush=True)
+    return times
+
+
+# ------------------------------------------------------------------------------------------------------ an empty step
+
+
 def advance(state: ft.TrainState, batch: Batch) -> ft.TrainState:
-    """The step that does nothing, so that what remains is the fold."""
+    """The step that does nothing."""
     del batch
     return state.advance()
 
@@ -248,51 +480,6 @@ def empty_fold(batches: list[Batch], hooks: list[Any]) -> Competitor:
     return Competitor(run, list)
 
 
-# ------------------------------------------------------------------------------------------------------------- timing
-
-
-def measure(competitors: dict[str, Competitor], *, rounds: int, steps: int) -> Times:
-    """Seconds per step by competitor and round, after one round to warm up; no garbage collection inside."""
-    names = list(competitors)
-    times: Times = {name: [] for name in names}
-    for index in range(rounds + 1):
-        shift = index % len(names)
-        for name in names[shift:] + names[:shift]:
-            gc.collect()
-            gc.freeze()
-            gc.disable()
-            start = time.perf_counter()
-            competitors[name].run(steps)
-            seconds = (time.perf_counter() - start) / steps
-            gc.enable()
-            gc.unfreeze()
-            if index > 0:
-                times[name].append(seconds)
-    return times
-
-
-def run_model(case: Case, rounds: int) -> Times:
-    competitors = {
-        PLAIN: raw_loop(case),
-        LOGGED: raw_loop_logged(case),
-        ALLOW: pure_loop(case, clips=False),
-        BARE: pure_loop(case),
-        FIT: fold(case, []),
-        HOOKED: fold(case, idle_hooks()),
-    }
-    times = measure(competitors, rounds=rounds, steps=case.steps)
-    check_equal(competitors, PLAIN, ALLOW)
-    for name in (BARE, FIT, HOOKED):
-        check_equal(competitors, LOGGED, name)
-    return times
-
-
-def check_equal(competitors: dict[str, Competitor], one: str, other: str) -> None:
-    pairs = zip(competitors[one].weights(), competitors[other].weights(), strict=True)
-    if not all(torch.equal(a, b) for a, b in pairs):
-        raise SystemExit(f"{one!r} and {other!r} ended with different weights: they did not do the same work")
-
-
 def run_empty(rounds: int, steps: int) -> Times:
     batches = [classes(64)]
     competitors = {
@@ -300,92 +487,46 @@ def run_empty(rounds: int, steps: int) -> Times:
         FIT: empty_fold(batches, []),
         HOOKED: empty_fold(batches, idle_hooks()),
     }
-    return measure(competitors, rounds=rounds, steps=steps)
-
-
-# ------------------------------------------------------------------------------------------------------------- tables
-
-
-def ratio(times: Times, name: str, base: str) -> str:
-    """Median and quartiles of the per-round ratios."""
-    ratios = [mine / its for mine, its in zip(times[name], times[base], strict=True)]
-    low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return f"{median(ratios):.3f} ({low:.3f} to {high:.3f})"
-
-
-def extra_us(times: Times, name: str, base: str) -> str:
-    extra = [1e6 * (mine - its) for mine, its in zip(times[name], times[base], strict=True)]
-    low, _, high = quantiles(extra, n=4) if len(extra) > 1 else extra * 3
-    return f"{median(extra):.2f} ({low:.2f} to {high:.2f})"
-
-
-def table(title: str, times: Times, *, steps: int) -> str:
-    rounds = len(times[PLAIN])
-    lines = [f"## {title}", "", f"{rounds} rounds of {steps} steps each.", ""]
-    lines += [f"| competitor | ms per step | / {PLAIN} | / {LOGGED} |", "|---|---|---|---|"]
-    for name, seconds in times.items():
-        ratios = [ratio(times, name, base) for base in (PLAIN, LOGGED)]
-        lines.append(f"| {name} | {1e3 * median(seconds):.3f} | {ratios[0]} | {ratios[1]} |")
-    return "\n".join(lines) + "\n"
-
-
-def empty_table(times: Times, *, steps: int) -> str:
-    rounds = len(times[BARE])
+    times = measure(competitors, rounds=rounds, steps=steps)
     lines = ["## An empty step: the fold alone", "", f"{rounds} rounds of {steps} steps each.", ""]
     lines += ["| competitor | us per step | more than the bare loop, us |", "|---|---|---|"]
     for name, seconds in times.items():
-        shown = name.replace("pure step", "empty step")
-        lines.append(f"| {shown} | {1e6 * median(seconds):.2f} | {extra_us(times, name, BARE)} |")
-    return "\n".join(lines) + "\n"
+        extra = [1e6 * (mine - its) for mine, its in zip(seconds, times[BARE], strict=True)]
+        lines.append(f"| {name} | {1e6 * median(seconds):.2f} | {spread(extra, 2)} |")
+    print("\n".join(lines) + "\n", flush=True)
+    return times
 
 
-def header() -> dict[str, Any]:
-    return {
-        "date": date.today().isoformat(),
-        "hardware": f"{cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} used",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, fntrain {commit()}",
-        "command": " ".join(["python", "benchmarks/overhead.py", *sys.argv[1:]]),
-    }
+# --------------------------------------------------------------------------------------------------------------- main
 
 
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """The commit measured; `+` marks a tree with changes."""
-    here = Path(__file__).parent
-    command = ["git", "describe", "--always", "--dirty=+"]
-    result = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
-    return f"at {result.stdout.strip()}" if result.returncode == 0 else "not in git"
+def options() -> argparse.Namespace:
+    made = parser(__doc__)
+    made.add_argument("--rounds", type=int, default=40)
+    made.add_argument("--steps", type=int, default=100, help="per round: MLP all, CNN 1/5, GPT 1/50, GPT 25M 1/100")
+    made.add_argument("--models", default="mlp,cnn,gpt", help="comma-separated, of mlp, cnn, gpt, gpt25")
+    made.add_argument("--sections", default=",".join(SECTIONS), help="comma-separated")
+    made.add_argument("--no-peers", action="store_true", help="without other libraries, installed or not")
+    args = made.parse_args()
+    if unknown := set(args.sections.split(",")) - set(SECTIONS):
+        made.error(f"--sections: got {', '.join(sorted(unknown))}, expected some of {', '.join(SECTIONS)}")
+    return args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--steps", type=int, default=100, help="per round on the MLP; CNN a 5th, GPT a 50th, empty x10")
-    parser.add_argument("--models", default="mlp,cnn,gpt,empty", help="comma-separated")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write raw seconds per step here")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    facts, raw = header(), {}
-    print("# Overhead per step\n\n" + "\n".join(f"- {key}: {value}" for key, value in facts.items()) + "\n", flush=True)
+    args = options()
+    prepare(args)
+    facts = header(["lightning", "accelerate", "pytorch-ignite", "torchtnt", "jax", "jaxlib"])
+    show_header("Overhead per step", facts)
+    sections, raw = args.sections.split(","), {}
     for name in args.models.split(","):
-        if name == "empty":
-            raw[name] = run_empty(args.rounds, args.steps * 10)
-            print(empty_table(raw[name], steps=args.steps * 10), flush=True)
-        elif name in ("mlp", "cnn", "gpt"):
-            one = case(name, args.steps)
-            raw[name] = run_model(one, args.rounds)
-            print(table(one.title, raw[name], steps=one.steps), flush=True)
-        else:
-            parser.error(f"--models: got {name!r}, expected some of mlp, cnn, gpt, empty")
-    if args.json:
-        args.json.write_text(json.dumps({**facts, "seconds_per_step": raw}, indent=1) + "\n")
+        case = make_case(name, args.steps)
+        for section in sections:
+            if section != "empty":
+                raw[f"{name}, {section}"] = run_model(case, section, args.rounds, peers=not args.no_peers)
+    if "empty" in sections:
+        raw["empty"] = run_empty(args.rounds, args.steps * 10)
+    write_json(args.json, facts, {"seconds_per_step": raw})
 
 
 if __name__ == "__main__":

@@ -21,10 +21,7 @@ FIELDS = ("params", "buffers", "opt_state")
 class Lease:
     """What several mappings share; `ended` says by what their memory was written, None while it was not."""
 
-    __slots__ = ("ended",)
-
-    def __init__(self) -> None:
-        self.ended: str | None = None
+    ended: str | None = None
 
 
 class Home:

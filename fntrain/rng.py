@@ -4,10 +4,9 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-
-_MASK = (1 << 64) - 1
 
 
 def fold_in(seed: int, *data: int) -> int:
@@ -28,33 +27,54 @@ def fold_in(seed: int, *data: int) -> int:
     """
     value = 0
     for item in (seed, *data):
-        value = (value + 0x9E3779B97F4A7C15 + (item & _MASK)) & _MASK
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+        value = (value + 0x9E3779B97F4A7C15 + item) & 0xFFFFFFFFFFFFFFFF
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
         value ^= value >> 31
     return value
 
 
-def seed_generators(seed: int, *data: int) -> None:
+def seed_generators(seed: int, *data: int, others: bool = True) -> None:
     """Seed the default generators of torch (CPU and every initialised GPU), Python and NumPy from (seed, *data).
 
     The effect of a step on the outside world: what it draws depends on (seed, step, rank) only, and what the
-    generators held before is overwritten. Costs 8 us.
+    generators held before is overwritten. Costs a small CPU step 25 us, 20 of them for Python's and NumPy's.
 
     Args:
       seed: any integer.
       data: integers folded in, such as (step, rank).
+      others: Python's and NumPy's too.
     Example:
       >>> seed_generators(0, 7); a = torch.rand(2)
       >>> seed_generators(0, 7); bool((a == torch.rand(2)).all())
       True
     """
     value = fold_in(seed, *data)
-    for generator in _torch_generators():
-        generator.manual_seed(value)
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        for generator in torch.cuda.default_generators:
+            generator.manual_seed(value)
+    if not others:
+        return
     random.seed(value)
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(value & 0xFFFFFFFF)
+
+
+def other_states() -> tuple[Any, ...]:
+    """Return what tells whether Python's or NumPy's default generator was drawn from.
+
+    Example:
+      >>> before = other_states()
+      >>> _ = random.random()
+      >>> [name for name, was, now in zip(("random", "numpy.random"), before, other_states()) if was != now]
+      ['random']
+    """
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return random.getstate(), None
+    kind, keys, *rest = numpy.random.get_state()
+    return random.getstate(), (kind, keys.tobytes(), *rest)
 
 
 @contextmanager

@@ -5,8 +5,8 @@ update. The pure step is that body on fresh copies of the state's leaves, lent t
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import reduce
 from itertools import chain, pairwise
 from operator import add
@@ -26,7 +26,7 @@ from fntrain.loss import Loss, Objective, Weighted, WeightsFn, objective
 from fntrain.module import Slots
 from fntrain.optim import BoundOptimizer, Optimizer
 from fntrain.precision import LOSS_SCALE, PRECISIONS, Precision, autocast, loss_scale, next_loss_scale, tf32, unscale_
-from fntrain.rng import seed_generators
+from fntrain.rng import other_states, seed_generators
 from fntrain.state import TrainState
 
 LossFn = Callable[[nn.Module, Batch], Loss | Weighted]
@@ -36,7 +36,6 @@ SKIPPED = MetricName("skipped_steps", reduce="max", smooth="sum")
 SCALE = MetricName("loss_scale", smooth="latest")
 _RESERVED = frozenset({"loss", "lr", "grad_norm", SKIPPED, SCALE, "step"})
 _LAST: Any = object()
-_NOTHING = nullcontext()
 
 
 @attrs.frozen(eq=False)
@@ -52,7 +51,7 @@ class Work:
 class SupervisedStep:
     """A pure step function from a model, a loss and an optimizer: `ft.supervised_step` is its name in use.
 
-    The model's train/eval flags are taken as they are. The default generators are seeded from (seed, step, rank).
+    The model's train/eval flags are taken as they are. torch's default generators are seeded from (seed, step, rank).
     Reports `loss`, each term of a dict of losses, `lr`, `grad_norm` and `skipped_steps` in `state.metrics`. A skipped
     update counts as a step: schedules go on with `state.step`, the optimizer's own count stays behind.
 
@@ -70,6 +69,8 @@ class SupervisedStep:
         NonFiniteError with the names; "allow" does not look (saves the norm when not clipping).
       transform_grads: pure function of the gradients by name, before clipping; names left out are not updated.
       weights: batch -> {term: denominator}, for a dict of loss *sums* with denominators of their own.
+      seeds: "all" seeds Python's and NumPy's default generators too, for a loss that draws from them (20 us); a first
+        step that does without is warned of.
       split: (batch, num) -> micro-batches, for batches that `ft.split_batch` can't split.
     Raises:
       ValueError, TypeError: an argument out of range or of the wrong kind; what the loss or the batch lacks.
@@ -94,6 +95,7 @@ class SupervisedStep:
     transform_grads: TransformGrads | None = attrs.field(default=None, kw_only=True)
     weights: WeightsFn | None = attrs.field(default=None, kw_only=True)
     split: Callable[[Batch, int], Iterable[Batch]] | None = attrs.field(default=None, kw_only=True)
+    seeds: Literal["torch", "all"] = attrs.field(default="torch", kw_only=True)
     rank: int = attrs.field(default=0, kw_only=True)
     slots: Slots = attrs.field(init=False, repr=False)
     bound: BoundOptimizer = attrs.field(init=False, repr=False)
@@ -157,6 +159,8 @@ class SupervisedStep:
             raise ValueError(f"precision: got {self.precision!r}, expected one of {PRECISIONS}")
         if self.on_nonfinite not in ("skip", "raise", "allow"):
             raise ValueError(f"on_nonfinite: got {self.on_nonfinite!r}, expected 'skip', 'raise' or 'allow'")
+        if self.seeds not in ("torch", "all"):
+            raise ValueError(f"seeds: got {self.seeds!r}, expected 'torch' or 'all'")
         if self.precision == "fp16" and self.on_nonfinite != "skip":
             raise ValueError(
                 f"on_nonfinite: got {self.on_nonfinite!r} with precision 'fp16', expected 'skip': gradients that "
@@ -174,14 +178,20 @@ class SupervisedStep:
 
     def seed(self, state: TrainState) -> None:
         """Seed the default generators for this step."""
-        seed_generators(state.seed, state.step, self.rank)
+        seed_generators(state.seed, state.step, self.rank, others=self.seeds == "all")
 
     def work(self, state: TrainState, batch: Batch) -> Work:
         """Forward, backward and decision on whatever memory the slots hold; every form of the step begins with it."""
         device = next(iter(self.slots.params.values())).device
+        watched = None if self.bound.seen or self.seeds == "all" else other_states()
         scale = loss_scale(state.extra, device) if self.precision == "fp16" else None
-        with tf32(device) if self.precision == "tf32" else _NOTHING:
+        if self.precision == "tf32":
+            with tf32(device):
+                parts = self._backward(batch, device)
+        else:
             parts = self._backward(batch, device, None if scale is None else scale["scale"])
+        if watched is not None:
+            _warn_of_draws(watched, other_states())
         leaves = self._reduced_leaves(parts, None if scale is None else scale["scale"])
         metrics = _report(parts)
         metrics[LR] = self.lr(state.step)
@@ -208,9 +218,13 @@ class SupervisedStep:
         parts: list[tuple[Objective, Collector]] = []
         fp32 = self.precision in ("fp32", "tf32")
         for micro_batch, following in pairwise(chain(micro_batches, [_LAST])):  # one ahead: the last must know
-            # Autocast is entered per micro-batch: its cache of cast weights must not outlive an update.
-            with events.collecting() as collector, _NOTHING if fp32 else autocast(self.precision, device):
-                output = self.loss_fn(self.model, micro_batch)
+            with events.collecting() as collector:
+                if fp32:
+                    output = self.loss_fn(self.model, micro_batch)
+                else:
+                    # Entered per micro-batch: autocast's cache of cast weights must not outlive an update.
+                    with autocast(self.precision, device):
+                        output = self.loss_fn(self.model, micro_batch)
             alone = following is _LAST and not parts
             part = objective(output, micro_batch, alone=alone, denominators=denominators)
             grads.backward(part.total if scale is None else part.total * scale)
@@ -279,6 +293,16 @@ class SupervisedStep:
 
 
 supervised_step = SupervisedStep
+
+
+def _warn_of_draws(before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
+    drawn = [name for name, was, now in zip(("random", "numpy.random"), before, after, strict=True) if was != now]
+    if drawn:
+        warnings.warn(
+            f"loss_fn: draws from {' and '.join(drawn)}, which the step does not seed, so a resumed run would differ; "
+            "draw from torch, or pass seeds='all' to the step",
+            stacklevel=4,
+        )
 
 
 def _grads(leaves: dict[str, Tensor]) -> list[Any]:

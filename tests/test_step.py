@@ -552,7 +552,7 @@ def test_gradients_of_the_module_are_put_back_and_of_a_transform_not_written():
 
 
 def test_python_and_numpy_draws_depend_on_the_step_too():
-    """LayerDrop and the like draw from random or NumPy: those are seeded as well."""
+    """LayerDrop and the like draw from random or NumPy: seeds="all" seeds those as well, without it a warning says so."""
     import random
 
     import numpy
@@ -563,7 +563,9 @@ def test_python_and_numpy_draws_depend_on_the_step_too():
         return square_loss(model, batch) * (random.random() + numpy.random.rand())
 
     state = ft.init_state(model, SGD)
-    assert_pure(ft.supervised_step(model, loss_fn, SGD), state, batches("mlp", 1)[0])
+    assert_pure(ft.supervised_step(model, loss_fn, SGD, seeds="all"), state, batches("mlp", 1)[0])
+    with pytest.warns(UserWarning, match=r"draws from random and numpy\.random, which the step does not seed"):
+        ft.supervised_step(model, loss_fn, SGD)(state, batches("mlp", 1)[0])
 
 
 def test_clipping_under_allow_spreads_nan_as_torch_does():

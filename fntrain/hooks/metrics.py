@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fntrain.check import whole
+from fntrain.grads import stalls
 from fntrain.hook import AnyHook, Hook, hook, resource
 from fntrain.state import TrainState
 from fntrain.writers import Row, Writer, WriteRow
@@ -71,6 +72,8 @@ class _Live:
         self.settings = settings
         self.stack = stack
         self.writes: list[WriteRow] = []
+        self.pending: list[tuple[int, Mapping[str, Any]]] = []  # of steps that reported the usual names
+        self.usual: frozenset[str] = frozenset()
         self.windows: dict[str, deque[tuple[int, Any]]] = {}
         self.last: Mapping[str, Any] = {}
         self.each: dict[tuple[int, str], Any] = {}
@@ -88,17 +91,20 @@ class _Live:
             self.open(state)
         if state.step <= self.newest:
             self.forget(state.step - 1)
-        self.newest = state.step
-        self.collect(state)
+        self.newest, self.last = state.step, state.metrics
+        self.pending.append((state.step, state.metrics))
         if state.step == state.run.max_steps:
             return  # written by finish, together with what hooks still report at the end
         if state.step % self.settings.every == 0:
             self.write(state)
-        elif self.each:
-            self.write_each(state)  # at once: kept until the next period, a kill would lose it
+        elif state.metrics.keys() != self.usual or len(self.pending) > self.settings.window:
+            self.sort()
+            if self.each:
+                self.write_each(state)  # at once: kept until the next period, a kill would lose it
 
     def forget(self, step: int) -> None:
         """Drop what was measured after a step: the run was rolled back to it."""
+        self.sort()
         for values in self.windows.values():
             while values and values[-1][0] > step:
                 values.pop()
@@ -114,25 +120,40 @@ class _Live:
                 self.forget(state.step - 1)
             last = {} if rolled_back or state.step > self.newest else self.last
             new = {name: value for name, value in state.metrics.items() if value is not last.get(name)}
-            self.collect(state.replace(metrics=new))
+            self.sort()
+            self.pending.append((state.step, new))
             self.write(state)
 
-    def collect(self, state: TrainState) -> None:
-        self.last = state.metrics
-        for name, value in state.metrics.items():
-            smooth = getattr(name, "smooth", "median")
+    def sort(self) -> None:
+        """Put what steps reported where it belongs: several steps at once, as doing it at each costs them more."""
+        if not self.pending:
+            return
+        *rows, last = self.pending
+        self.pending = []
+        for same in (rows, [last]):
+            for name in same[0][1] if same else ():
+                self.take(name, [(step, metrics[name]) for step, metrics in same])
+        if not any(getattr(name, "smooth", "") == "each" for name in last[1]):
+            self.usual = frozenset(last[1])
+
+    def take(self, name: str, values: list[tuple[int, Any]]) -> None:
+        smooth = getattr(name, "smooth", "median")
+        size = {"median": self.settings.window, "latest": 1}.get(smooth)
+        for step, value in values:
             if isinstance(value, Tensor) and value.numel() != 1:
-                raise ValueError(f"metrics[{name!r}]: got shape {tuple(value.shape)}, expected one number")
-            if not isinstance(value, Tensor | int | float):
-                self.media.setdefault(state.step, {})[name] = value
+                raise ValueError(
+                    f"metrics[{name!r}]: got shape {tuple(value.shape)} at step {step}, expected one number"
+                )
+            if not isinstance(value, (Tensor, int, float)):
+                self.media.setdefault(step, {})[name] = value
             elif smooth == "each":
-                self.each[state.step, name] = value
+                self.each[step, name] = value
             else:
-                size = {"median": self.settings.window, "latest": 1}.get(smooth)
-                self.windows.setdefault(name, deque(maxlen=size)).append((state.step, value))
+                self.windows.setdefault(name, deque(maxlen=size)).append((step, value))
 
     def write(self, state: TrainState) -> None:
         """One row per step that has results of its own, and one for the period."""
+        self.sort()
         for name, values in self.windows.items():
             windowed = getattr(name, "smooth", "median") == "median"
             while values and values[0][0] <= (state.step - self.settings.window if windowed else self.written):
@@ -175,12 +196,15 @@ def _smoothed(name: str, values: list[float]) -> float:
 
 
 def _to_host(values: list[Any]) -> list[float]:
-    """Numbers of the values, in order, by one stacked transfer for each device and dtype."""
+    """Numbers of the values, in order; of those on a device by one stacked transfer for each dtype."""
     from toolz import groupby  # 4 ms to import: only where it is used
 
-    tensors = [index for index, value in enumerate(values) if isinstance(value, Tensor)]
+    tensors = [index for index, value in enumerate(values) if isinstance(value, Tensor) and stalls(value)]
+    numbers = [0.0] * len(values)
+    for index, value in enumerate(values):
+        if not isinstance(value, Tensor) or not stalls(value):
+            numbers[index] = float(value)
     groups = groupby(lambda index: (values[index].device, values[index].dtype), tensors)
-    numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
     for indices in groups.values():
         stacked = torch.stack([values[index].detach().reshape(()) for index in indices]).tolist()
         for index, number in zip(indices, stacked, strict=True):

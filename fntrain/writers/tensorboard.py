@@ -20,7 +20,8 @@ class TensorBoard:
 
     @contextmanager
     def open(self, start_step: int) -> Iterator[WriteRow]:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import: only where it is used
+        from tensorboard.compat.proto.summary_pb2 import Summary  # slow to import: only where they are used
+        from torch.utils.tensorboard import SummaryWriter
 
         purge = start_step + 1 if start_step > 0 else 0  # what an earlier run wrote for later steps is hidden
         with SummaryWriter(self.directory, purge_step=purge) as writer:
@@ -28,8 +29,9 @@ class TensorBoard:
                 _add_hparams(writer, self.hparams)
 
             def write(row: Row) -> None:
-                for name, value in row.scalars.items():
-                    writer.add_scalar(name, value, row.step)
+                if row.scalars:  # one event for all: a fifth of the cost of an event each
+                    values = [Summary.Value(tag=name, simple_value=value) for name, value in row.scalars.items()]
+                    writer.file_writer.add_summary(Summary(value=values), row.step)
                 for name, medium in row.media.items():
                     _add(writer, name, medium, row.step)
                 writer.flush()

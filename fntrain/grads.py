@@ -67,8 +67,8 @@ def clip_by_norm_(grads: list[Tensor], norm: float | Tensor, max_norm: float) ->
 
 
 def stalls(tensor: Tensor) -> bool:
-    """Whether reading a tensor's value makes the host wait for a device."""
-    return tensor.device.type != "cpu"
+    """Whether reading a value makes the host wait for a device; one that is being traced can not be read at all."""
+    return tensor.device.type != "cpu" or torch.compiler.is_compiling()
 
 
 @lru_cache(maxsize=8)
@@ -106,9 +106,8 @@ def own_layout(name: str, grad: Tensor, param: Tensor, storages: set[int] | None
     if grad.shape != param.shape:
         raise ValueError(f"grads[{name!r}]: got shape {tuple(grad.shape)}, the parameter has {tuple(param.shape)}")
     check_dense(name, grad)
-    storage = grad.untyped_storage().data_ptr()
     same_layout = grad.stride() == param.stride() and grad.dtype == param.dtype
-    if storages is not None and same_layout and storage not in storages:
+    if storages is not None and same_layout and (storage := grad.untyped_storage().data_ptr()) not in storages:
         storages.add(storage)
         return grad.detach()
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """The shell: the only place with effects. Steps on a device, checkpoints in files."""
 
+from fntrain.shell.compile import compile_step
 from fntrain.shell.cuda import cuda_step
 from fntrain.shell.in_place import in_place
 
-__all__ = ["cuda_step", "in_place"]
+__all__ = ["compile_step", "cuda_step", "in_place"]

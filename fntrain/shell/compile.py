@@ -96,7 +96,8 @@ class CompiledStep:
     _rates: Rates = attrs.field(init=False)
     _programs: dict[Hashable, Program | None] = attrs.field(factory=dict, init=False)  # None: runs eagerly
     _leaves: list[Tensor] = attrs.field(factory=list, init=False)  # the state's, in the order of the programs' inputs
-    _described: tuple[Any, int, Hashable] = attrs.field(default=(None, -1, None), init=False)  # what they are
+    _structures: dict[Hashable, int] = attrs.field(factory=dict, init=False)
+    _current: tuple[Any, int, int] = attrs.field(default=(None, -1, -1), init=False)  # where they lie, what they are
     _flags: Callable[[], Hashable] = attrs.field(init=False)
     _stays_eager: bool = attrs.field(default=False, init=False)
     _full: bool = attrs.field(default=False, init=False)
@@ -146,14 +147,15 @@ class CompiledStep:
         metrics[LR] = step.optimizer.lr if self._rates.lr is None else rates[self._rates.lr]
         return self.eager.advanced(state, {"metrics": metrics})
 
-    def _structure(self) -> Hashable:
-        """Names, shapes and layouts of the state's tensors; looked at again only where their memory has moved."""
-        opt_state, moves, described = self._described
+    def _structure(self) -> int:
+        """A number for names, shapes and layouts of the state; looked at again only where its memory has moved."""
+        opt_state, moves, structure = self._current
         if opt_state is not self.eager.opt_state or moves != self.eager.moves:
             self._leaves = []
             described = flatten((self.eager.params, self.eager.buffers, self.eager.opt_state), self._leaves)
-            self._described = (self.eager.opt_state, self.eager.moves, described)
-        return described
+            structure = self._structures.setdefault(described, len(self._structures))
+            self._current = (self.eager.opt_state, self.eager.moves, structure)
+        return structure
 
     def _build(self, key: Hashable, state: TrainState, batch: Batch, inputs: list[Tensor]) -> Program | None:
         """Trace, then load or compile; None where this call has to run eagerly."""

@@ -4,15 +4,15 @@
 next write to that memory; from then on any access says so, where a bare alias would silently hold other values.
 """
 
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Collection, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 from torch import nn
 
 from fntrain.errors import StateConsumedError
 
-_homes: "WeakValueDictionary[int, Home]" = WeakValueDictionary()
+_homes: "WeakValueDictionary[tuple[tuple[str, int], ...], Home]" = WeakValueDictionary()
 
 
 FIELDS = ("params", "buffers", "opt_state")
@@ -25,33 +25,56 @@ class Lease:
 
 
 class Home:
-    """The memory of one module: who runs in place there, and the leases of the states that share it now."""
+    """The memory of one module: who runs in place there, and the leases of the states that share it now.
 
-    __slots__ = ("__weakref__", "leases", "param", "tenant")
+    Modules that share some parameters only (heads on one backbone) have homes of their own, which know each other.
+    """
 
-    def __init__(self, param: nn.Parameter) -> None:
-        self.param = param  # kept, so that its id stays taken
+    __slots__ = ("__weakref__", "leases", "neighbours", "params", "tenant")
+
+    def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
+        self.params = {id(param): param for param in params.values()}  # kept, so that their ids stay taken
         self.leases = {field: Lease() for field in FIELDS}
         self.tenant: Any = None  # a weak reference to the step that runs in place
+        self.neighbours: WeakSet[Home] = WeakSet(
+            home for home in list(_homes.values()) if home.params.keys() & self.params.keys()
+        )
+        for home in self.neighbours:
+            home.neighbours.add(self)
 
     @classmethod
     def of(cls, params: Mapping[str, nn.Parameter]) -> "Home":
         """The home of a module with these parameters; the same one as long as any state or step holds it."""
-        param = next(iter(params.values()))
-        home = _homes.get(id(param))
+        key = tuple((name, id(param)) for name, param in params.items())
+        home = _homes.get(key)
         if home is None:
-            home = _homes[id(param)] = cls(param)
+            home = _homes[key] = cls(params)
         return home
+
+    @property
+    def tenants(self) -> list[Any]:
+        """The steps that run in place on this memory, or on part of it."""
+        found = [home.tenant and home.tenant() for home in (self, *self.neighbours)]
+        return [one for one in found if one is not None]
 
     def leased(self, mapping: Any, field: str) -> bool:
         """Whether a state's mapping is this memory as it is now."""
         return type(mapping) is Leased and mapping.lease is self.leases[field]
 
-    def end(self, reason: str, *fields: str) -> None:
-        """Declare these fields of all states that share the memory consumed, and begin new leases."""
-        for field in fields:
-            self.leases[field].ended = reason
-            self.leases[field] = Lease()
+    def end(self, reason: str, *fields: str, written: Collection[nn.Parameter] | None = None) -> None:
+        """Declare these fields of all states that share the memory consumed, and begin new leases.
+
+        A neighbour's states are spared if none of its parameters is `written`; optimizer state is never shared.
+        """
+        homes = [self]
+        if self.neighbours:
+            ids = self.params.keys() if written is None else set(map(id, written))
+            homes += [home for home in self.neighbours if ids & home.params.keys()]
+        for home in homes:
+            for field in fields:
+                if home is self or field != "opt_state":
+                    home.leases[field].ended = reason
+                    home.leases[field] = Lease()
 
 
 class Leased(Mapping[str, Any]):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import attrs
@@ -110,11 +111,12 @@ def copy_in(slots: "Slots", state: TrainState, reason: str) -> None:
         theirs = getattr(state, field)
         if home.leased(theirs, field):
             continue
-        foreign = {name: theirs[name] for name in own if not _same_memory(theirs[name], own[name])}
+        foreign = {name: theirs[name] for name in own if not same_memory(theirs[name], own[name])}
         storages = {tensor.untyped_storage().data_ptr() for tensor in own.values()}
         if any(tensor.untyped_storage().data_ptr() in storages for tensor in foreign.values()):
             foreign = tree.clone(foreign)  # parts of the module under other names: copying would overwrite some
-        home.end(reason, field)
+        written = None if field == "buffers" and foreign else [slots.params[name] for name in foreign]
+        home.end(reason, field, written=written)
         with torch.no_grad():
             for name, tensor in foreign.items():
                 own[name].copy_(tensor)
@@ -168,8 +170,30 @@ class Slots:
         _check_like("params", self.params, state.params)
         _check_like("buffers", self.buffers, state.buffers)
 
+    def check_memory(self) -> None:
+        """Refuse sparse tensors, and a parameter that shares memory with another tensor: a state would hold two."""
+        for name, tensor in {**self.params, **self.buffers}.items():
+            if tensor.layout is not torch.strided:
+                raise TypeError(
+                    f"model: {name!r} is sparse, which a state can't hold; register a buffer with persistent=False, or "
+                    "make it dense with .to_dense()"
+                )
+        spans = [
+            (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), kind, name)
+            for kind, tensors in (("parameter", self.params), ("buffer", self.buffers))
+            for name, tensor in tensors.items()
+            if tensor.data_ptr() and is_dense(tensor)
+        ]
+        for (_, end, *one), (start, _, *other) in pairwise(sorted(spans)):
+            if start < end and "parameter" in (one[0], other[0]):
+                raise ValueError(
+                    f"model: {one[0]} {one[1]!r} and {other[0]} {other[1]!r} share memory, and would be trained apart; "
+                    "tie parameters by assigning the same nn.Parameter to both, or give one a .clone()"
+                )
+
     def lend(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], frozen: Iterable[str] = ()) -> "Lease":
         """Put tensors into the slots, gradients set to None, `frozen` ones asking for none; `take_back` undoes it."""
+        torch.clear_autocast_cache()  # a caller's autocast would go on with casts of what the slots held before
         lease = Lease([(param, param.data, param.grad) for param in self.params.values()], [], [])
         try:
             for name, param in self.params.items():
@@ -191,6 +215,7 @@ class Slots:
 
     def take_back(self, lease: "Lease") -> None:
         """Put the module's own tensors back into its slots."""
+        torch.clear_autocast_cache()
         for param, data, grad in lease.params:
             param.data = data
             param.grad = grad
@@ -242,8 +267,13 @@ def came_or_went(name: str, before: Tensor | None, after: Tensor | None) -> Valu
     )
 
 
-def _same_memory(a: Tensor, b: Tensor) -> bool:
+def same_memory(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.device == b.device and a.shape == b.shape and a.stride() == b.stride()
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's elements fill its memory, each at a place of its own; kernels that run over it assume so."""
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
 def _kind(value: Tensor | None) -> str:

@@ -103,6 +103,7 @@ class SupervisedStep:
     def __attrs_post_init__(self) -> None:
         self._check()
         object.__setattr__(self, "slots", Slots.of(self.model))
+        self.slots.check_memory()
         detached = {name: param.detach() for name, param in self.slots.params.items()}
         object.__setattr__(self, "bound", self.optimizer.bind(detached))
         self.bound.template.state.clear()  # what Adagrad and others make at once is of use to init only

@@ -50,6 +50,18 @@ def map_tensors(fn: Callable[[Tensor], Tensor], tree: PyTree) -> PyTree:
     return _refill(tree, map(fn, found))
 
 
+def tensors(tree: PyTree) -> list[Tensor]:
+    """Return the tensors of a tree, in its order.
+
+    Example:
+      >>> tensors({"a": [torch.ones(()), 2.0]})
+      [tensor(1.)]
+    """
+    found: list[Tensor] = []
+    _gather(tree, found)
+    return found
+
+
 def clone(tree: PyTree) -> PyTree:
     """Copy every tensor of a tree, detached, strides kept, in one foreach call; other leaves are shared.
 

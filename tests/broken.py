@@ -3,6 +3,7 @@
 import torch
 
 import fntrain as ft
+from fntrain.shell.in_place import InPlace
 
 
 def step_that_writes_to_the_old_state(step_fn):
@@ -65,3 +66,50 @@ def at_most_every(n, hook):
         return hook.after_step(state) if len(calls) % n == 0 else None
 
     return ft.hook(after_step=after_step)
+
+
+class InPlaceThatKeepsBuffers(InPlace):
+    """Forgets to put back what the forward of a skipped step wrote to buffers."""
+
+    def end(self, before, *, keep_buffers=True):
+        super().end(before, keep_buffers=True)
+
+
+class InPlaceThatIgnoresOtherStates(InPlace):
+    """Goes on from its own memory whatever state it is given."""
+
+    def own(self, state):
+        return state
+
+
+class InPlaceThatKeepsGradients(InPlace):
+    """Adds the gradients of every step to those of the one before."""
+
+    def begin(self):
+        kept = {name: param.grad for name, param in self.step.slots.params.items()}
+        before = super().begin()
+        for name, param in self.step.slots.params.items():
+            param.grad = kept[name]
+        return before
+
+    def end(self, before, *, keep_buffers=True):
+        kept = {name: param.grad for name, param in self.step.slots.params.items()}
+        super().end(before, keep_buffers=keep_buffers)
+        for name, param in self.step.slots.params.items():
+            param.grad = kept[name]
+
+
+class InPlaceThatKeepsItsLease(InPlace):
+    """Hands out states whose memory is written to without a word."""
+
+    def __call__(self, state, batch):
+        new = super().__call__(state, batch)
+        return new.replace(params=self.params, buffers=self.buffers, opt_state=self.opt_state)
+
+
+class StepThatClipsScaledGradients(ft.SupervisedStep):
+    """Clips before the loss scale is divided out."""
+
+    def _reduced_leaves(self, parts, scale=None):
+        torch.nn.utils.clip_grad_norm_(list(self.slots.params.values()), self.clip_grad_norm)
+        return super()._reduced_leaves(parts, scale)

@@ -120,7 +120,7 @@ class CompiledStep:
     def __call__(self, state: TrainState, batch: Batch) -> TrainState:
         if self._stays_eager or state.step == 0:
             return self.eager(state, batch)
-        self.eager.own(state)
+        state = self.eager.own(state)
         try:
             inputs: list[Tensor] = []
             key = (self._structure(), flatten(batch, inputs), self._flags())

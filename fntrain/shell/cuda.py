@@ -152,7 +152,7 @@ class CudaStep:
         if key in self.refused:
             return self._eagerly(state, batch, self.refused[key])
         captured = self.graphs.get(key)
-        self.eager.own(state)
+        state = self.eager.own(state)
         if captured is not None and captured.is_valid(self.eager):
             return captured.replay(self.eager, state, batch)
         if captured is not None:  # the state lies elsewhere now

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from fntrain import tree
 from fntrain.batch import Batch
 from fntrain.lease import FIELDS, Home, Leased
-from fntrain.module import came_or_went, copy_in
+from fntrain.module import came_or_went, copy_in, is_dense, same_memory
 from fntrain.shell.kernels import FusedAdam
 from fntrain.state import TrainState
 from fntrain.step import SupervisedStep, alike, choose
+from fntrain.tree import PyTree
 
 _log = logging.getLogger("fntrain")
 
@@ -32,7 +33,8 @@ def in_place(step_fn: SupervisedStep, *, compile: bool = False) -> "InPlace":  #
     leaves it whole. A state from elsewhere (a checkpoint, a roll-back, a hook that replaced buffers) is copied in;
     the step's own is recognised and costs nothing. The module holds the current weights after every step.
 
-    What a lease can't guard: a bare tensor, or `dict(state.params)`, taken earlier changes under its holder; and
+    What a lease can't guard: a bare tensor, or `dict(state.params)`, taken earlier changes under its holder (in
+    `state.hooks` and `state.extra` it is copied in time); gradients left in the module are dropped; and
     `list(ft.states(ft.shell.in_place(step_fn), ...))` is a list of consumed states. A forward that writes to
     parameters (not buffers) is not undone when its step is skipped.
 
@@ -41,7 +43,7 @@ def in_place(step_fn: SupervisedStep, *, compile: bool = False) -> "InPlace":  #
       compile: run model and loss through torch.compile.
     Raises:
       TypeError: the step is not from `ft.supervised_step`: one written by hand runs as it is.
-      ValueError: another step runs in place on the module.
+      ValueError: another step runs in place on the module, or on one that shares parameters with it.
       StateConsumedError: (when called) the state was consumed.
     Example:
       >>> model = torch.nn.Linear(2, 1)
@@ -76,19 +78,19 @@ class InPlace:
     def __init__(self, step: SupervisedStep) -> None:
         self.step = step
         self.home = Home.of(step.slots.params)
-        tenant = self.home.tenant and self.home.tenant()
-        if tenant is not None:
+        if tenants := self.home.tenants:
             raise ValueError(
-                f"step_fn: {tenant!r} runs in place on this {type(step.model).__name__} already, and two would "
-                "overwrite each other's states; use that one, or `del` it first"
+                f"step_fn: {tenants[0]!r} runs in place on this {type(step.model).__name__}, or on part of it, "
+                "and two would overwrite each other's states; use that one, or `del` it first"
             )
         self.home.tenant = weakref.ref(self)
-        self.places = tuple(step.slots.params.values())
+        self._take_memory()
         self.params = {name: param.detach() for name, param in step.slots.params.items()}
         self.buffers = {name: buffer.detach() for name, buffer in step.slots.buffers.items()}
         self.opt_state: dict[str, Any] = {}
         self.updated: set[str] = set()  # parameters that have had an update: their optimizer state is there
         self.fused: FusedAdam | None = None
+        self.memory: set[int] | None = None  # addresses of what is written to; None: not known
         self.said = False  # that the host waits for each decision
         self.moves = 0  # how often a parameter or a buffer got other memory
 
@@ -104,7 +106,7 @@ class InPlace:
         step = self.step
         if state.step == 0 or not step.bound.seen:
             step.check_model()
-        self.own(state)
+        state = self.own(state)
         before = self.begin()
         try:
             step.seed(state)
@@ -113,8 +115,8 @@ class InPlace:
             if isinstance(healthy, Tensor) and not self.decides_on_device(work.leaves):
                 healthy = bool(healthy)
             if healthy is not False:
-                self.settle_params()
                 self.settle_buffers(before, healthy)
+                self.settle_params()
         except BaseException:
             self.undo(before)
             raise
@@ -138,21 +140,65 @@ class InPlace:
             **changes,
         )
 
-    def own(self, state: TrainState) -> None:
-        """Copy in what of a state is not this memory already."""
+    def _take_memory(self) -> None:
+        """Copy what can't be written to as it lies: strided or expanded tensors, buffers that are views of another."""
+        slots = self.step.slots
+        seen: dict[int, int] = {}  # storage -> the tensor that keeps it
+        for tensor in [*slots.params.values(), *(owner[key] for _, owner, key in slots.places)]:
+            if tensor is None or not tensor.numel() or tensor.layout is not torch.strided:
+                continue
+            keeper = seen.setdefault(tensor.untyped_storage().data_ptr(), id(tensor))
+            if not is_dense(tensor) or (keeper != id(tensor) and not isinstance(tensor, nn.Parameter)):
+                tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+
+    def own(self, state: TrainState) -> TrainState:
+        """Copy in what of a state is not this memory already; returns the state with nothing of it elsewhere."""
         reason = f"step {state.step + 1}, which began from another state"
-        if not (self.home.leased(state.params, "params") and self.home.leased(state.buffers, "buffers")):
-            self.step.slots.check(state)
-            copy_in(self.step.slots, state, reason)
+        here = self.home.leased(state.params, "params") and self.home.leased(state.buffers, "buffers")
         theirs: Any = state.opt_state
-        if self.home.leased(theirs, "opt_state"):
-            if theirs.tensors is not self.opt_state:  # of a step that ran in place here before
-                self.opt_state, self.fused, self.updated = theirs.tensors, None, set(theirs)
-            return
-        if not tree.copy_into(self.opt_state, theirs):
-            self.opt_state, self.fused = tree.clone(theirs), None
-        self.home.end(reason, "opt_state")
-        self.updated = set(theirs)
+        kept = self.home.leased(theirs, "opt_state")
+        if not (here and kept):
+            state = self._apart(state)  # reads all of it: a consumed part raises before anything is written
+        if not here:
+            torch.clear_autocast_cache()
+            self.step.slots.check(state)
+            self.settle_params()  # somebody may have moved the module since the last step
+            self.buffers = {name: buffer.detach() for name, buffer in self.step.slots.buffers.items()}
+            copy_in(self.step.slots, state, reason)
+            self.memory = None
+        if not kept:
+            if not tree.copy_into(self.opt_state, state.opt_state):
+                self.opt_state, self.fused, self.memory = tree.clone(state.opt_state), None, None
+            self.home.end(reason, "opt_state")
+            self.updated = set(self.opt_state)
+        elif theirs.tensors is not self.opt_state:  # of a step that ran in place here before
+            self.opt_state, self.fused, self.updated, self.memory = theirs.tensors, None, set(theirs), None
+        return self._spared(state)
+
+    def _apart(self, state: TrainState) -> TrainState:
+        """The state, its tensors copied where they lie in memory of this step that is about to be overwritten."""
+        slots = self.step.slots
+        own: dict[str, Any] = {"params": slots.params, "buffers": slots.buffers, "opt_state": self.opt_state}
+        memory = _storages(own)
+        changes = {}
+        for field, tensors in own.items():
+            theirs = getattr(state, field)
+            if not self.home.leased(theirs, field):
+                moved = {n: t for n, t in theirs.items() if memory & _storages(t) and not _is(t, tensors.get(n))}
+                changes[field] = {**theirs, **tree.clone(moved)}
+        return state.replace(**changes)
+
+    def _spared(self, state: TrainState) -> TrainState:
+        """The state; what hooks or the user keep in it of this step's memory is copied before that is written to."""
+        kept = {"hooks": state.hooks, "extra": state.extra}
+        if not (tensors := tree.tensors(kept)):
+            return state
+        if self.memory is None:
+            self.memory = _storages({"params": self.params, "buffers": self.buffers, "opt_state": self.opt_state})
+        memory = self.memory
+        if memory.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in tensors):
+            return state
+        return state.replace(**tree.map_tensors(lambda t: t.detach().clone() if memory & _storages(t) else t, kept))
 
     def begin(self) -> "Before":
         """No gradients, frozen parameters asking for none; copies of the buffers, which the forward may write to."""
@@ -176,7 +222,8 @@ class InPlace:
         self.buffers = {name: buffer.detach() for name, buffer in self.step.slots.buffers.items()}
 
     def end(self, before: "Before", *, keep_buffers: bool = True) -> None:
-        """Drop gradients and put scratch buffers back; without `keep_buffers` the persistent ones too."""
+        """Drop gradients and casts, put scratch buffers back; without `keep_buffers` the persistent ones too."""
+        torch.clear_autocast_cache()  # a caller's autocast would go on with casts of the weights before the update
         for param in self.step.slots.params.values():
             param.grad = None
         for param in before.frozen:
@@ -191,7 +238,7 @@ class InPlace:
     def settle_params(self) -> None:
         """Follow a forward or an optimizer that put another tensor in a parameter's place."""
         for name in self.strays():
-            self.params[name], self.fused = self.step.slots.params[name].detach(), None
+            self.params[name], self.fused, self.memory = self.step.slots.params[name].detach(), None, None
             self.moves += 1
 
     def strays(self) -> list[str]:
@@ -201,21 +248,29 @@ class InPlace:
 
     def settle_buffers(self, before: "Before", healthy: bool | Tensor) -> None:
         """Keep in the state's memory what a forward wrote to the buffers, or assigned in their place."""
+        assigned = []
         for (name, owner, key), buffer, home, copy in before.buffers:
             value = owner[key]
             if name is None or (value is None and buffer is None):
                 continue
             if value is None or buffer is None or home is None or copy is None:
-                raise came_or_went(name, buffer, value)
+                raise came_or_went(name, buffer, value)  # before anything is written
             if value is not buffer or value.data_ptr() != home.data_ptr():
-                value = value.detach()
+                assigned.append((name, owner, key, buffer, home, value.detach()))
+        if assigned:
+            homes = _storages([home for (name, *_), _, home, _ in before.buffers if name is not None])
+            # `self.previous = self.current` assigns memory that is written here too: take its value first.
+            values = [v.clone() if v.untyped_storage().data_ptr() in homes else v for *_, v in assigned]
+            for (name, owner, key, buffer, home, _), value in zip(assigned, values, strict=True):
                 same = value.shape == home.shape and value.dtype == home.dtype
-                buffer.data = home = home.copy_(value) if same else value.clone()
+                buffer.data = home.copy_(value) if same else value.clone()
                 self.moves += not same
                 owner[key] = buffer
-                self.buffers[name] = buffer.detach()
-            if isinstance(healthy, Tensor):
-                torch.where(healthy, home, copy, out=home)
+                self.buffers[name], self.memory = buffer.detach(), None
+        if isinstance(healthy, Tensor):
+            for (name, _, _), buffer, _, copy in before.buffers:
+                if name is not None and buffer is not None and copy is not None:
+                    torch.where(healthy, buffer.data, copy, out=buffer.data)
 
     def decides_on_device(self, leaves: dict[str, Tensor]) -> bool:
         """Whether the update can be made, or not made, without the host knowing which."""
@@ -253,6 +308,7 @@ class InPlace:
             self.settle_params()
             self.fused = FusedAdam.of(bound, self.params, self.opt_state)
             self.updated |= leaves.keys()
+            self.memory = None
         if isinstance(healthy, Tensor) and choosing:
             new = {"params": {name: self.params[name] for name in leaves}, "opt_state": self.opt_state}
             if alike(new, old, healthy.device):
@@ -261,7 +317,15 @@ class InPlace:
                 return
             with torch.no_grad():
                 torch._foreach_copy_(list(new["params"].values()), list(old["params"].values()))
-            self.opt_state = old["opt_state"]
+            self.opt_state, self.fused, self.memory = old["opt_state"], None, None
+
+
+def _is(theirs: Any, own: Any) -> bool:
+    return isinstance(theirs, Tensor) and isinstance(own, Tensor) and same_memory(theirs, own)
+
+
+def _storages(tensors: PyTree) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tree.tensors(tensors)}
 
 
 @attrs.frozen(eq=False)

@@ -15,7 +15,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from fntrain.grads import stalls
 from fntrain.optim import BoundOptimizer
 
-_KERNELS: dict[type, Any] = {torch.optim.Adam: torch._fused_adam_, torch.optim.AdamW: torch._fused_adamw_}
+_CLASSES = (torch.optim.Adam, torch.optim.AdamW)
 _MEMORY = {"step", "exp_avg", "exp_avg_sq"}
 
 
@@ -23,7 +23,6 @@ _MEMORY = {"step", "exp_avg", "exp_avg_sq"}
 class FusedAdam:
     """The update of one module, on the tensors its parameters and optimizer state are kept in."""
 
-    kernel: Callable[..., None]
     groups: list["_Group"]
     names: frozenset[str]
 
@@ -33,7 +32,7 @@ class FusedAdam:
     ) -> "FusedAdam | None":
         """Return the update if the class, its options and its state are the plain fused ones, else None."""
         optimizer = bound.template
-        if type(optimizer) not in _KERNELS or bound.tensors:
+        if type(optimizer) not in _CLASSES or bound.tensors:
             return None
         groups = []
         for names, group, hyper in zip(bound.names, optimizer.param_groups, bound.scheduled, strict=True):
@@ -49,8 +48,10 @@ class FusedAdam:
             options = {key: group[key] for key in ("lr", "betas", "weight_decay", "eps", "amsgrad", "maximize")}
             lists = [*lists, [one["step"] for one in kept]]
             counted = None if stalls(counts) else counts.numpy()
-            groups.append(_Group(names, [params[name] for name in names], lists, counts, counted, options, hyper))
-        return cls(_KERNELS[type(optimizer)], groups, frozenset(name for names in bound.names for name in names))
+            kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+            leaves = [params[name] for name in names]
+            groups.append(_Group(kernel, names, leaves, lists, counts, counted, options, hyper))
+        return cls(groups, frozenset(name for names in bound.names for name in names))
 
     def lrs(self, step: int) -> list[float] | None:
         """The learning rate of each group at a step, or None if another option is scheduled too."""
@@ -83,7 +84,7 @@ class FusedAdam:
                 group.counts.add_(1)
             else:
                 group.counted += 1
-            self.kernel(
+            group.kernel(
                 group.params,
                 [leaves[name].grad for name in group.names],
                 *group.memory,
@@ -105,6 +106,7 @@ class FusedAdam:
 class _Group:
     """Parameters with the same options, as lists in the order the kernel takes them."""
 
+    kernel: Callable[..., None]
     names: tuple[str, ...]
     params: list[Tensor]
     memory: list[list[Tensor]]  # first and second moment, largest second moment or nothing, steps

@@ -107,6 +107,8 @@ class SupervisedStep:
         detached = {name: param.detach() for name, param in self.slots.params.items()}
         object.__setattr__(self, "bound", self.optimizer.bind(detached))
         self.bound.template.state.clear()  # what Adagrad and others make at once is of use to init only
+        for one in self.bound.template.param_groups:
+            one["params"] = []  # options are what it is for; a model that is moved leaves no memory behind
 
     def __call__(self, state: TrainState, batch: Batch) -> TrainState:
         if state.step == 0 or not self.bound.seen:

@@ -1179,3 +1179,44 @@ def test_micro_batches_are_taken_one_ahead_and_let_go():
     cheap(state, batches("mlp", 1)[0])
     assert order == ["take 0", "take 1", "forward", "take 2", "forward", "take 3", "forward", "forward"]
     assert max(most) <= 3 and not alive
+
+
+def debugged(hold):
+    """Five steps in place with debug=True; `hold` sees every state."""
+    model = make("batchnorm")
+    optimizer = ft.optimizer(torch.optim.AdamW, lr=0.01, fused=True)
+    step_fn = ft.shell.in_place(ft.supervised_step(model, square_loss, optimizer), debug=True)
+    state = ft.init_state(model, optimizer)
+    held = []
+    for batch in batches("batchnorm", 5):
+        held.append(hold(state))
+        state = step_fn(state, batch)
+    return ft.snapshot(state)
+
+
+@pytest.mark.parametrize(
+    ("hold", "path"),
+    [
+        (lambda state: next(iter(state.params.values())), "params"),
+        (lambda state: dict(state.buffers), "buffers"),
+        (lambda state: next(iter(state.params.values()))[:1].view(-1), "params"),
+        (lambda state: [dict(entry) for entry in state.opt_state.values()], "opt_state"),
+    ],
+)
+def test_debug_names_what_is_still_held(hold, path):
+    """Bare tensors, dicts and views of the old state are found by their memory, whoever holds them."""
+    with pytest.raises(ft.StateConsumedError, match=rf"somebody holds {path}\..* of the state of step [01]"):
+        debugged(hold)
+
+
+def test_debug_lets_states_and_snapshots_pass_and_changes_nothing():
+    """States, snapshots and clones may be kept; the bits are those without debug."""
+    expected = debugged(lambda state: None)
+    kept = debugged(lambda state: (state, ft.snapshot(state), [value.clone() for value in state.params.values()]))
+    assert kept == expected
+    model = make("batchnorm")
+    optimizer = ft.optimizer(torch.optim.AdamW, lr=0.01, fused=True)
+    pure, state = ft.supervised_step(model, square_loss, optimizer), ft.init_state(model, optimizer)
+    for batch in batches("batchnorm", 5):
+        state = pure(state, batch)
+    assert state == expected

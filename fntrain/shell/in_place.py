@@ -4,6 +4,7 @@ The body of the step is `SupervisedStep.work`, the same as for the pure step; on
 What the old state held is overwritten, so its lease ends at the first write and any later access says so.
 """
 
+import gc
 import logging
 import weakref
 from collections.abc import Sequence
@@ -12,9 +13,11 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fntrain import tree
 from fntrain.batch import Batch
+from fntrain.errors import StateConsumedError
 from fntrain.lease import FIELDS, Home, Leased
 from fntrain.module import came_or_went, copy_in, is_dense, same_memory
 from fntrain.shell.kernels import FusedAdam
@@ -25,7 +28,12 @@ from fntrain.tree import PyTree
 _log = logging.getLogger("fntrain")
 
 
-def in_place(step_fn: SupervisedStep, *, compile: bool = False) -> "InPlace":  # noqa: A002  # torch's word for it
+def in_place(
+    step_fn: SupervisedStep,
+    *,
+    compile: bool = False,  # noqa: A002  # torch's word for it
+    debug: bool = False,
+) -> "InPlace":
     """Make the donated form of a step: it writes the new state over the old one's memory, the module's own.
 
     Leaf by leaf bitwise the pure step. The state given is consumed at the step's first write: reading it afterwards
@@ -34,17 +42,18 @@ def in_place(step_fn: SupervisedStep, *, compile: bool = False) -> "InPlace":  #
     the step's own is recognised and costs nothing. The module holds the current weights after every step.
 
     What a lease can't guard: a bare tensor, or `dict(state.params)`, taken earlier changes under its holder (in
-    `state.hooks` and `state.extra` it is copied in time); gradients left in the module are dropped; and
-    `list(ft.states(ft.shell.in_place(step_fn), ...))` is a list of consumed states. A forward that writes to
+    `state.hooks` and `state.extra` it is copied in time; `debug=True` finds the rest); gradients left in the module are
+    dropped; and `list(ft.states(ft.shell.in_place(step_fn), ...))` is a list of consumed states. A forward that writes to
     parameters (not buffers) is not undone when its step is skipped.
 
     Args:
       step_fn: from `ft.supervised_step`.
       compile: run model and loss through torch.compile.
+      debug: look after every step for tensors of the old state that somebody still holds; costs a copy of the state.
     Raises:
       TypeError: the step is not from `ft.supervised_step`: one written by hand runs as it is.
       ValueError: another step runs in place on the module, or on one that shares parameters with it.
-      StateConsumedError: (when called) the state was consumed.
+      StateConsumedError: (when called) the state was consumed; with `debug`, a bare tensor of it is still held.
     Example:
       >>> model = torch.nn.Linear(2, 1)
       >>> sgd = ft.optimizer(torch.optim.SGD, lr=0.1)
@@ -60,7 +69,7 @@ def in_place(step_fn: SupervisedStep, *, compile: bool = False) -> "InPlace":  #
     check_step(step_fn)
     if compile:
         step_fn = attrs.evolve(step_fn, loss_fn=torch.compile(step_fn.loss_fn))
-    return InPlace(step_fn)
+    return InPlace(step_fn, debug)
 
 
 def check_step(step_fn: Any) -> None:
@@ -75,8 +84,9 @@ def check_step(step_fn: Any) -> None:
 class InPlace:
     """A step on the module's own memory; made by `in_place`."""
 
-    def __init__(self, step: SupervisedStep) -> None:
+    def __init__(self, step: SupervisedStep, debug: bool = False) -> None:
         self.step = step
+        self.debug = debug
         self.home = Home.of(step.slots.params)
         if tenants := self.home.tenants:
             raise ValueError(
@@ -128,6 +138,9 @@ class InPlace:
                 self.update(work.leaves, healthy, state.step)
             finally:
                 self.end(before)
+            if self.debug:
+                del before
+                self._find_holders(state.step)
         return self.advanced(state, work.changes)
 
     def advanced(self, state: TrainState, changes: dict[str, Any]) -> TrainState:
@@ -271,6 +284,32 @@ class InPlace:
             for (name, _, _), buffer, _, copy in before.buffers:
                 if name is not None and buffer is not None and copy is not None:
                     torch.where(healthy, buffer.data, copy, out=buffer.data)
+
+    def _find_holders(self, step: int) -> None:
+        """Move the state to new memory; if some of the old is not free then, somebody holds a tensor in it."""
+        slots = self.step.slots
+        fields = {"params": self.params, "buffers": self.buffers, "opt_state": self.opt_state}
+        left = [
+            (path, StorageWeakRef(leaf.untyped_storage()))  # type: ignore[no-untyped-call]
+            for path, leaf in tree.named_leaves(fields)
+            if isinstance(leaf, Tensor)
+        ]
+        for one in gc.get_objects():
+            if type(one) is Leased and one.lease.ended is not None:
+                one.tensors = {}
+        for tensor in (*slots.params.values(), *slots.buffers.values()):
+            tensor.data = tensor.data.clone()
+        self.params = {name: param.detach() for name, param in slots.params.items()}
+        self.buffers = {name: buffer.detach() for name, buffer in slots.buffers.items()}
+        self.opt_state, self.fused, self.memory = tree.clone(self.opt_state), None, None
+        self.moves += 1
+        del fields
+        if held := [path for path, storage in left if not storage.expired()]:  # type: ignore[no-untyped-call]
+            raise StateConsumedError(
+                f"somebody holds {', '.join(held[:5])} of the state of step {step}, as a bare tensor or in "
+                f"dict(state.params) or the like: without debug=True it would change with step {step + 1}; keep a "
+                "clone, or ft.snapshot(state)"
+            )
 
     def decides_on_device(self, leaves: dict[str, Tensor]) -> bool:
         """Whether the update can be made, or not made, without the host knowing which."""

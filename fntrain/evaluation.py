@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fntrain import events
-from fntrain.batch import Batch, num_samples
+from fntrain.batch import Batch, map_batch, num_samples
 from fntrain.loss import Weighted
 from fntrain.module import bound
 from fntrain.rng import preserved_generators, seed_generators
@@ -32,7 +32,10 @@ class Evaluation:
         sums: dict[str, list[tuple[Any, Any]]] = {}
         with preserved_generators(), bound(self.model, state), _eval_mode(self.model), torch.no_grad():
             seed_generators(state.seed, state.step, _USE)
+            device = next(iter(state.params.values())).device
             for batch in self.data:
+                if device.type != "cpu":
+                    batch = map_batch(lambda tensor: tensor.to(device, non_blocking=True), batch)
                 with events.collecting():  # what the model reports while evaluating belongs to no step
                     results = self.fn(self.model, batch)
                 if not isinstance(results, Mapping):
@@ -49,9 +52,9 @@ def evaluation(
 ) -> Evaluation:
     """Make a function of the state that evaluates it: mean of `fn` over the samples of `data`.
 
-    It binds the state's tensors to the module, sets eval mode without gradients, and puts buffers, the train/eval
-    flag of every sub-module, and the generators back. A hand-written evaluation must bind the state itself, with
-    `ft.bound(model, state)`: closing over the model alone sees its first weights when the step is pure.
+    It moves batches to the state's device, binds the state's tensors to the module, sets eval mode without gradients,
+    and puts buffers, the train/eval flag of every sub-module, and the generators back. A hand-written evaluation must
+    bind the state itself, with `ft.bound(model, state)`: the model alone has its first weights when the step is pure.
 
     Args:
       model: the module of the step.

@@ -51,6 +51,7 @@ def fit(
       tensor(6.)
     """
     run = states(step_fn, hooks, state=state, data=data, max_steps=max_steps)
+    del state  # a resumed state that was copied in must not stay in memory for the whole run
     while True:
         try:
             next(run)

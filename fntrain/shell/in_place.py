@@ -41,10 +41,10 @@ def in_place(
     leaves it whole. A state from elsewhere (a checkpoint, a roll-back, a hook that replaced buffers) is copied in;
     the step's own is recognised and costs nothing. The module holds the current weights after every step.
 
-    What a lease can't guard: a bare tensor, or `dict(state.params)`, taken earlier changes under its holder (in
-    `state.hooks` and `state.extra` it is copied in time; `debug=True` finds the rest); gradients left in the module are
-    dropped; and `list(ft.states(ft.shell.in_place(step_fn), ...))` is a list of consumed states. A forward that writes to
-    parameters (not buffers) is not undone when its step is skipped.
+    What a lease can't guard: a bare tensor, or `dict(state.params)`, taken earlier changes under its holder
+    (`debug=True` finds them; in `state.hooks` and `state.extra` they are copied in time), and gradients left in the
+    module are dropped. `list(ft.states(ft.shell.in_place(step_fn), ...))` is a list of consumed states. A forward that
+    writes to parameters (not buffers) is not undone when its step is skipped.
 
     Args:
       step_fn: from `ft.supervised_step`.

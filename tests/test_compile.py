@@ -435,6 +435,28 @@ def test_further_programs_run_eagerly_after_max_programs(traced):
     assert (len(told), traced["programs"], state.step) == (1, 2, 7)
 
 
+def test_fp16_runs_eagerly(traced):
+    """A program without the loss scale would be another step."""
+    with pytest.warns(UserWarning, match="precision='fp16' is of eager steps"):
+        eager, compiled = both(lambda: make("mlp"), square_loss, SGD, batches("mlp", 4), precision="fp16")
+    assert compiled[-1] == eager[-1]
+    assert "loss_scale" in compiled[-1].extra
+
+
+def test_master_weights_compile_too(traced):
+    """Parameters in bfloat16 follow their float32 copies, which agree with the eager ones."""
+    adamw = ft.optimizer(torch.optim.AdamW, lr=SCHEDULE, master_weights=True)
+    data = [
+        batch.bfloat16() if isinstance(batch, torch.Tensor) else {k: v.bfloat16() for k, v in batch.items()}
+        for batch in batches("mlp", 5)
+    ]
+    eager, compiled = both(lambda: make("mlp").bfloat16(), square_loss, adamw, data)
+    assert_alike(eager[-1], compiled[-1], **BFLOAT16)
+    assert traced["programs"] == 1
+    for name, entry in compiled[-1].opt_state.items():
+        assert torch.equal(entry["master_weight"].bfloat16(), compiled[-1].params[name])
+
+
 def test_wrong_arguments_are_refused():
     """The message says what to pass."""
     with pytest.raises(TypeError, match=r"step_fn: got <lambda>, expected what ft.supervised_step"):

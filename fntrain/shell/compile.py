@@ -170,6 +170,8 @@ class CompiledStep:
         from fntrain.shell.trace import reason, trace  # 0.4 s to import: only where it is used
 
         step = self.eager.step
+        if step.precision in ("fp16", "tf32"):
+            raise Untraceable(f"precision={step.precision!r} is of eager steps and graphs; 'fp32' and 'bf16' compile")
         step.check_model()
         title = f"compile_step: {type(step.model).__name__}, batch {shapes(inputs)}"
         trees = (self.eager.params, self.eager.buffers, self.eager.opt_state)

@@ -1241,3 +1241,34 @@ def test_a_resumed_state_does_not_stay_in_memory(tmp_path):
     ft.fit(in_place, look, state=resumed(), data=iter(batches("mlp", 3)), max_steps=4)
     assert len(read) > 4
     assert alive == [0, 0, 0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own imports
+def test_compile_runs_model_and_loss_through_torch_compile(monkeypatch):
+    """`compile=True` hands the loss to torch.compile; reports inside still arrive, the bits stay with its eager backend."""
+    compiled = []
+
+    def by_dynamo(fn):
+        compiled.append(fn)
+        return real(fn, backend="eager")
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", by_dynamo)
+
+    def loss_fn(model, batch):
+        loss = square_loss(model, batch)
+        ft.put_scalar("twice", loss * 2)
+        return loss
+
+    ends = []
+    for compile_ in (False, True):
+        model = make("batchnorm")
+        optimizer = ft.optimizer(torch.optim.AdamW, lr=0.01, fused=True)
+        step_fn = ft.shell.in_place(ft.supervised_step(model, loss_fn, optimizer), compile=compile_)
+        state = ft.init_state(model, optimizer)
+        for batch in batches("batchnorm", 3):
+            state = step_fn(state, batch)
+        assert state.metrics["twice"] == 2 * state.metrics["loss"]
+        ends.append(ft.snapshot(state))
+    assert ends[0] == ends[1]
+    assert compiled == [loss_fn]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMappin
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Batch = Any
@@ -95,7 +96,8 @@ def signature(batch: Batch) -> Hashable:
       True
     """
     if isinstance(batch, Tensor):
-        return (batch.shape, batch.dtype, batch.device, batch.stride())
+        layout = batch.stride() if batch.layout is torch.strided else batch.layout
+        return (batch.shape, batch.dtype, batch.device, layout)
     if isinstance(batch, Mapping):
         return (type(batch), *((key, signature(value)) for key, value in batch.items()))
     if isinstance(batch, tuple | list):

@@ -8,6 +8,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import attrs
@@ -266,6 +267,23 @@ class BoundOptimizer:
                 )
             self.seen.append(True)
         return self._collect(leaves, opt_state, lent, before)
+
+    def placed(self, opt_state: OptState, params: Mapping[str, Tensor]) -> OptState:
+        """The optimizer state on its parameters' devices; counters stay on the host unless fused or capturable."""
+        counts_there = {
+            name: bool(group.get("fused") or group.get("capturable"))
+            for names, group in zip(self.names, self.template.param_groups, strict=True)
+            for name in names
+        }
+
+        def place(name: str, leaf: Tensor) -> Tensor:
+            moves = leaf.dim() > 0 or counts_there.get(name, False)
+            return leaf.to(params[name].device) if moves and leaf.device != params[name].device else leaf
+
+        return {
+            name: tree.map_tensors(partial(place, name), kept) if name in params else kept
+            for name, kept in opt_state.items()
+        }
 
     def _apply_to_masters(
         self,

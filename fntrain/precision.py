@@ -40,14 +40,15 @@ def tf32(device: torch.device) -> Iterator[None]:
     """
     if device.type != "cuda":
         raise ValueError(f"precision: 'tf32' is a mode of NVIDIA GPUs, the model is on {device}; use 'fp32' or 'bf16'")
-    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
+    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
+    before = [switch.fp32_precision for switch in switches]
     try:
+        for switch in switches:
+            switch.fp32_precision = "tf32"
         yield
     finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = cudnn
+        for switch, was in zip(switches, before, strict=True):
+            switch.fp32_precision = was
 
 
 def loss_scale(extra: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
@@ -58,9 +59,9 @@ def loss_scale(extra: Mapping[str, Any], device: torch.device) -> dict[str, Tens
       tensor(65536.)
     """
     if LOSS_SCALE in extra:
-        return dict(extra[LOSS_SCALE])
+        return {name: value.to(device) for name, value in extra[LOSS_SCALE].items()}
     return {
-        "scale": torch.full((), INITIAL_SCALE, device=device),
+        "scale": torch.full((), INITIAL_SCALE, dtype=torch.float32, device=device),
         "good_steps": torch.zeros((), dtype=torch.int32, device=device),
     }
 

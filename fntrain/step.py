@@ -341,7 +341,7 @@ def _report(parts: list[tuple[Objective, Collector]]) -> dict[str, Any]:
 def alike(new: Any, old: Any, device: torch.device) -> bool:
     """Whether two trees have the same structure, all tensors, all on the device that chooses."""
     if isinstance(new, Tensor):
-        return isinstance(old, Tensor) and new.device == device
+        return isinstance(old, Tensor) and new.device == device and (new.shape, new.dtype) == (old.shape, old.dtype)
     if isinstance(new, Mapping):
         return isinstance(old, Mapping) and new.keys() == old.keys() and all(alike(new[k], old[k], device) for k in new)
     return False

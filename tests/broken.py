@@ -71,8 +71,8 @@ def at_most_every(n, hook):
 class InPlaceThatKeepsBuffers(InPlace):
     """Forgets to put back what the forward of a skipped step wrote to buffers."""
 
-    def end(self, before, *, keep_buffers=True):
-        super().end(before, keep_buffers=True)
+    def end(self, before, **how):
+        super().end(before, **{**how, "keep_buffers": True})
 
 
 class InPlaceThatIgnoresOtherStates(InPlace):
@@ -92,9 +92,9 @@ class InPlaceThatKeepsGradients(InPlace):
             param.grad = kept[name]
         return before
 
-    def end(self, before, *, keep_buffers=True):
+    def end(self, before, **how):
         kept = {name: param.grad for name, param in self.step.slots.params.items()}
-        super().end(before, keep_buffers=keep_buffers)
+        super().end(before, **how)
         for name, param in self.step.slots.params.items():
             param.grad = kept[name]
 

@@ -7,7 +7,12 @@ import threading
 import pytest
 import torch
 
-BY_OTHERS = ("PYTEST_", "TORCHINDUCTOR_", "KMP_")  # set by pytest, by torch when it loads dynamo, by scikit-learn
+BY_OTHERS = (
+    "PYTEST_",
+    "TORCHINDUCTOR_",
+    "TRITON_",
+    "KMP_",
+)  # set by pytest, by torch when it loads dynamo, by scikit-learn
 
 
 def pytest_collection_modifyitems(items):

@@ -51,7 +51,8 @@ def compile_step(
     The first update runs eagerly; it creates the optimizer's state. The next one traces (0.1 to 2 s) and compiles
     (5 to 60 s) for its structure of state and batch, train/eval flags and `requires_grad`. Learning rates and
     schedules are inputs: no value of theirs compiles anew. Other Python values that model, loss and batch hold are
-    part of the program, as they were at the trace; tensors the loss closes over are read at each call. Random draws
+    part of the program, as they were at the trace; so are tensor objects that the loss closes over, whose values are
+    read at each call. Random draws
     are the eager step's, bit for bit. A learning rate of 0 counts as 1e-30; a norm above float32 as not finite. A step
     that can't be traced runs eagerly, with one warning that says why.
 
@@ -123,7 +124,7 @@ class CompiledStep:
         state = self.eager.own(state)
         try:
             inputs: list[Tensor] = []
-            key = (self._structure(), flatten(batch, inputs), self._flags())
+            key = (self._structure(), flatten(batch, inputs), self._flags(), torch.is_autocast_enabled("cpu"))
             program = self._programs[key] if key in self._programs else self._build(key, state, batch, inputs)
         except Untraceable as error:
             return self._give_up(state, batch, error)
@@ -135,10 +136,14 @@ class CompiledStep:
         step, traced = self.eager.step, program.traced
         rates = self._rates.at(state.step)
         step.seed(state)
+        looked_at = traced.healthy if step.on_nonfinite == "raise" else None
+        if looked_at is None:
+            self.eager.home.end(f"step {state.step + 1}", *FIELDS)
         results = program.run([self._rates.vector, *self._leaves, *inputs, *traced.constants])
-        if traced.healthy is not None and step.on_nonfinite == "raise" and not results[traced.healthy].item():
-            return self.eager(state, batch)  # which is as it was; finds the names, and raises
-        self.eager.home.end(f"step {state.step + 1}", *FIELDS)
+        if looked_at is not None:
+            if not results[looked_at].item():
+                return self.eager(state, batch)  # which is as it was; finds the names, and raises
+            self.eager.home.end(f"step {state.step + 1}", *FIELDS)
         metrics = traced.metrics.copy()
         for name, index in traced.tensors:
             metrics[name] = results[index]
@@ -183,7 +188,7 @@ class CompiledStep:
             seconds = time.perf_counter() - start
             print(f"{title}: traced in {seconds:.1f} s, compiling ...", file=sys.stderr, flush=True)
             run, found = _compiled(traced.graph, flat + traced.constants, self.directory)
-            _try(run, flat + traced.constants, self._leaves)
+            _try(run, flat + traced.constants, [*self._leaves, *traced.constants])
         except Unsettled:
             self._programs[key] = None
             return None
@@ -275,7 +280,7 @@ def _fingerprint(graph: "GraphModule", inputs: list[Tensor]) -> str:
     """What a program depends on: the graph and its layouts, torch, number of threads, and the processor."""
     codes = [module.code for module in graph.modules() if isinstance(getattr(module, "code", None), str)]
     devices = {tensor.device for tensor in inputs if tensor.device.type == "cuda"}
-    machine = [platform.machine(), sorted(torch.cpu.get_capabilities().items()), torch.get_num_threads()]
+    machine = [platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
     machine += [str(torch.cuda.get_device_properties(device)) for device in devices]
     text = repr((codes, flatten(inputs, []), torch.__version__, sorted(_OPTIONS.items()), machine))
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()

@@ -7,8 +7,8 @@ before it as before an eager step.
 """
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from typing import Any, Literal, Protocol
 
 import attrs
@@ -22,6 +22,7 @@ from fntrain.errors import GraphError
 from fntrain.events import Histogram, Image
 from fntrain.lease import FIELDS
 from fntrain.precision import LOSS_SCALE, loss_scale
+from fntrain.rng import other_states
 from fntrain.shell.in_place import InPlace, check_step, in_place
 from fntrain.shell.kernels import FusedAdam
 from fntrain.state import TrainState
@@ -41,7 +42,7 @@ def cuda_step(
     channels_last: bool = False,
     max_graphs: int = 8,
 ) -> "CudaStep":
-    """Make the form of a step that runs in place on a GPU; the model is moved there.
+    """Make the form of a step that runs in place on a GPU; the model is moved there, so make the state after it.
 
     Batches may come from the host: they are copied on a stream of their own while the device is still at the step
     before (pin them, `pin_memory=True`, to spare a copy on the host). Reading a metric waits for the device; the step
@@ -78,6 +79,7 @@ def cuda_step(
     whole("max_graphs", max_graphs, 1)
     check_step(step_fn)
     engine = CudaEngine(checked_device(device))
+    in_place(step_fn)  # refuses a model that another step runs on, before it is moved
     step_fn.model.to(engine.device)
     if channels_last:
         step_fn.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -135,6 +137,11 @@ class CudaStep:
         self.warm: dict[Hashable, list[dict[str, Any]]] = {}  # numbers that the eager steps of a shape reported
         self.refused: dict[Hashable, str] = {}  # why a shape is not captured
         self.said: set[str] = set()
+        modules, params = list(step.step.model.modules()), list(step.step.slots.params.values())
+        self.flags: Callable[[], Hashable] = lambda: (
+            *(one.training for one in modules),
+            *(param.requires_grad for param in params),
+        )
 
     @property
     def rank(self) -> int:
@@ -148,7 +155,8 @@ class CudaStep:
         batch = self.engine.fetch(batch, channels_last=self.channels_last)
         if self.graph == "never":
             return self.eager(state, batch)
-        key = (signature(batch), tuple(module.training for module in self.eager.step.model.modules()))
+        kind = self.engine.device.type
+        key = (signature(batch), self.flags(), torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         if key in self.refused:
             return self._eagerly(state, batch, self.refused[key])
         captured = self.graphs.get(key)
@@ -156,7 +164,8 @@ class CudaStep:
         if captured is not None and captured.is_valid(self.eager):
             return captured.replay(self.eager, state, batch)
         if captured is not None:  # the state lies elsewhere now
-            del self.graphs[key], self.warm[key]
+            for stale in [other for other, graph in self.graphs.items() if not graph.is_valid(self.eager)]:
+                del self.graphs[stale], self.warm[stale]
         if len(self.warm.get(key, ())) < WARMUP or not self.eager.updated:
             return self._warm_up(key, state, batch)
         try:
@@ -172,7 +181,7 @@ class CudaStep:
             return self._eagerly(state, batch, self._too_many())
         with self.engine.aside():
             new = self.eager(state, batch)
-        self.warm.setdefault(key, []).append(_numbers(new.metrics))
+        self.warm.setdefault(key, []).append(_numbers(new.metrics, self.engine.device))
         return new
 
     def _eagerly(self, state: TrainState, batch: Batch, reason: str) -> TrainState:
@@ -230,9 +239,11 @@ class Captured:
         inputs = state.replace(extra={**state.extra, **({LOSS_SCALE: scale} if fp16 else {})})
         fused, moves = step.fused, step.moves
         rates = None if fused is None else fused.lrs(state.step)
-        lrs = [torch.full((), rate, device=engine.device) for rate in rates or []]
+        lrs = [torch.full((), rate, dtype=torch.float32, device=engine.device) for rate in rates or []]
         grads: dict[str, Tensor] = {}
         kept: list[FusedAdam | None] = []
+        first: list[BaseException] = []
+        drawn = _host_draws(engine.device)
 
         def body() -> Work:
             before = step.begin()
@@ -249,8 +260,14 @@ class Captured:
                     kept.append(fused)
                 else:
                     grads.update({name: leaf.grad for name, leaf in work.leaves.items() if leaf.grad is not None})
-            except BaseException:
-                step.undo(before)
+                if _host_draws(engine.device) != drawn:
+                    raise GraphError(
+                        "the loss draws from a generator of the host, and a graph would repeat the draw of its "
+                        "capture; draw on the device: torch.rand(..., device=...)"
+                    )
+            except BaseException as error:
+                first.append(error)
+                step.undo(before, ran=False)
                 raise
             step.end(before)
             return work
@@ -258,7 +275,7 @@ class Captured:
         try:
             run, work = engine.capture(body)
         except Exception as error:  # whatever the model does that a graph can't hold
-            raise _refusal(error) from error
+            raise _refusal(first[0] if first else error) from error
         whole_step = kept[0] if kept else None
         return cls(run, static, scale, lrs, work, {} if whole_step else grads, whole_step, moves)
 
@@ -320,9 +337,7 @@ class Captured:
 
 
 def _refusal(error: BaseException) -> GraphError:
-    """What went wrong in a capture; ending it may have raised once more, the first error is the cause."""
-    while error.__context__ is not None:
-        error = error.__context__
+    """What went wrong in a capture, in words."""
     if isinstance(error, GraphError):
         return error
     first = "".join(str(error).strip().splitlines()[:1])
@@ -330,6 +345,11 @@ def _refusal(error: BaseException) -> GraphError:
         f"the step can't be captured ({type(error).__name__}: {first}); look for .item(), .cpu(), printing of tensors "
         "or control flow that depends on them in model and loss"
     )
+
+
+def _host_draws(device: torch.device) -> Any:
+    """What tells whether a generator of the host was drawn from."""
+    return other_states(), None if device.type == "cpu" else torch.default_generator.get_state().tolist()
 
 
 def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -345,8 +365,15 @@ def _kept(value: Any) -> Any:
     return Histogram(value.tensor.clone()) if isinstance(value, Histogram) else value
 
 
-def _numbers(metrics: Any) -> dict[str, Any]:
-    return {name: value for name, value in metrics.items() if isinstance(value, int | float) and name != LR}
+def _numbers(metrics: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """What the host computed of a step's metrics: a graph would repeat it."""
+    found = {}
+    for name, value in metrics.items():
+        if isinstance(value, Tensor) and value.device != device and value.is_cpu and value.numel() == 1:
+            found[name] = value.item()
+        elif isinstance(value, int | float) and name != LR:
+            found[name] = value
+    return found
 
 
 class CudaEngine:
@@ -362,11 +389,31 @@ class CudaEngine:
         return _Aside(self.side)
 
     def capture(self, fn: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: what a loader's thread does meanwhile (pinning memory) is no concern of the capture.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.side, capture_error_mode="thread_local"):
-            result = fn()
+        graph, main = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        try:
+            # thread_local: what a loader's thread does meanwhile (pinning memory) is no concern of the capture.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.side, capture_error_mode="thread_local"):
+                result = fn()
+        except BaseException:
+            torch.cuda.set_stream(main)
+            self._recover()
+            raise
         return graph.replay, result
+
+    def _recover(self) -> None:
+        """Clean up after a capture that failed, which torch before 2.12 leaves half open.
+
+        The memory pool stays marked as recorded to, and the generator as captured: the next capture, and the next draw,
+        would raise. So the recording is ended, the pool left, and a graph of one operation captured, which resets it.
+        """
+        failed, self.pool = self.pool, torch.cuda.graph_pool_handle()
+        end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+        if end is not None:
+            with suppress(RuntimeError):  # it has been ended already
+                end(self.device.index, failed)
+        one = torch.zeros((), device=self.device)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.side, capture_error_mode="thread_local"):
+            one.add_(1)
 
     def fetch(self, batch: Batch, *, channels_last: bool) -> Batch:
         main = torch.cuda.current_stream(self.device)
@@ -374,9 +421,7 @@ class CudaEngine:
         def to_device(tensor: Tensor) -> Tensor:
             layout = torch.channels_last if channels_last and tensor.dim() == 4 else torch.preserve_format
             if tensor.device == self.device:
-                return (
-                    tensor.contiguous(memory_format=torch.channels_last) if layout != torch.preserve_format else tensor
-                )
+                return tensor
             source = tensor if tensor.device.type != "cpu" or tensor.is_pinned() else tensor.pin_memory()
             copy = source.to(self.device, non_blocking=True, memory_format=layout)
             copy.record_stream(main)
@@ -385,6 +430,8 @@ class CudaEngine:
         with torch.cuda.stream(self.copying):
             batch = map_batch(to_device, batch)
         main.wait_stream(self.copying)
+        if channels_last:  # what was on the device already
+            batch = map_batch(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t, batch)
         return batch
 
 

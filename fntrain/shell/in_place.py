@@ -180,12 +180,15 @@ class InPlace:
             copy_in(self.step.slots, state, reason)
             self.memory = None
         if not kept:
-            if not tree.copy_into(self.opt_state, state.opt_state):
-                self.opt_state, self.fused, self.memory = tree.clone(state.opt_state), None, None
             self.home.end(reason, "opt_state")
+            theirs = self.step.bound.placed(state.opt_state, self.step.slots.params)
+            if not tree.copy_into(self.opt_state, theirs):
+                self.opt_state, self.fused, self.memory = tree.clone(theirs), None, None
             self.updated = set(self.opt_state)
         elif theirs.tensors is not self.opt_state:  # of a step that ran in place here before
             self.opt_state, self.fused, self.updated, self.memory = theirs.tensors, None, set(theirs), None
+        if not (here and kept):
+            state = self.advanced(state, {}).replace(step=state.step, position=state.position)
         return self._spared(state)
 
     def _apart(self, state: TrainState) -> TrainState:
@@ -219,34 +222,35 @@ class InPlace:
         for param in slots.params.values():
             param.grad = None
         frozen = [slots.params[name] for name in self.step.bound.frozen if slots.params[name].requires_grad]
-        for param in frozen:
-            param.requires_grad_(False)
-        if not slots.places:
-            return Before(frozen, [])
         buffers = [owner[key] for _, owner, key in slots.places]
         homes = [None if buffer is None else buffer.data for buffer in buffers]
-        return Before(frozen, list(zip(slots.places, buffers, homes, tree.clone(homes), strict=True)))
+        before = Before(frozen, list(zip(slots.places, buffers, homes, tree.clone(homes), strict=True)))
+        for param in frozen:
+            param.requires_grad_(False)
+        return before
 
-    def undo(self, before: "Before") -> None:
-        """Leave the state as it was: buffers get the values back that the forward wrote over."""
+    def undo(self, before: "Before", *, ran: bool = True) -> None:
+        """Leave the state as it was: buffers get the values back that the forward wrote over, if it `ran` at all."""
         for name in self.strays():
             self.step.slots.params[name].data = self.params[name]
-        self.end(before, keep_buffers=False)
+        self.end(before, keep_buffers=False, copies=ran)
         self.buffers = {name: buffer.detach() for name, buffer in self.step.slots.buffers.items()}
 
-    def end(self, before: "Before", *, keep_buffers: bool = True) -> None:
+    def end(self, before: "Before", *, keep_buffers: bool = True, copies: bool = True) -> None:
         """Drop gradients and casts, put scratch buffers back; without `keep_buffers` the persistent ones too."""
         torch.clear_autocast_cache()  # a caller's autocast would go on with casts of the weights before the update
         for param in self.step.slots.params.values():
             param.grad = None
         for param in before.frozen:
             param.requires_grad_(True)
-        for (name, owner, key), buffer, home, copy in before.buffers:
-            if name is None or not keep_buffers:
-                owner[key] = buffer
-                if buffer is not None and home is not None and copy is not None:
-                    buffer.data = home
-                    home.copy_(copy)  # memory apart from autograd: `.data`
+        back = [one for one in before.buffers if one[0][0] is None or not keep_buffers]
+        for (_, owner, key), buffer, home, _ in back:  # all places first: copying may fail
+            owner[key] = buffer
+            if buffer is not None and home is not None:
+                buffer.data = home
+        for _, _, home, copy in back if copies else ():
+            if home is not None and copy is not None:
+                home.copy_(copy)  # memory apart from autograd: `.data`
 
     def settle_params(self) -> None:
         """Follow a forward or an optimizer that put another tensor in a parameter's place."""
@@ -282,8 +286,13 @@ class InPlace:
                 self.buffers[name], self.memory = buffer.detach(), None
         if isinstance(healthy, Tensor):
             for (name, _, _), buffer, _, copy in before.buffers:
-                if name is not None and buffer is not None and copy is not None:
+                if name is None or buffer is None or copy is None:
+                    continue
+                if buffer.shape == copy.shape:
                     torch.where(healthy, buffer.data, copy, out=buffer.data)
+                elif not bool(healthy):  # it has grown: nothing to choose from element by element
+                    buffer.data = copy
+                    self.buffers[name] = buffer.detach()
 
     def _find_holders(self, step: int) -> None:
         """Move the state to new memory; if some of the old is not free then, somebody holds a tensor in it."""

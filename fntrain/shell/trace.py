@@ -4,7 +4,7 @@ import random
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import reduce
@@ -96,7 +96,7 @@ def _step(
         )
         metrics[SKIPPED] = (~healthy).float()
     shadow._clip(leaves, norm)
-    with _TensorsForNumbers(fn(0) for group in bound.scheduled for fn in group.values()):
+    with _TensorsForNumbers([(key, fn(0)) for group in bound.scheduled for key, fn in group.items()]):
         opt_state = bound.apply_(params, tree.map_tensors(Tensor.clone, trees[2]), 0)
     idle = {name for name, param in params.items() if name not in leaves and param._version == 0}
     new = ({name: param.detach() for name, param in params.items()}, _assigned(step_fn, buffers), opt_state)
@@ -217,17 +217,20 @@ class _TensorsForNumbers(TorchFunctionMode):
     """Let an optimizer's step compute with the scheduled numbers, and with its step counter, as tensors.
 
     `param.add_(grad, alpha=-lr)` and its like multiply; `if weight_decay != 0` takes the branch, which is right for 0
-    too; and `1 - beta ** step` is taken in float64, as by the host: float32 would lose 4 of its digits.
+    too (other numbers can't be asked); and `1 - beta ** step` is taken in float64, as by the host: float32 would lose 4
+    of its digits.
     """
 
-    def __init__(self, rates: Iterable[Tensor]) -> None:
+    def __init__(self, rates: Sequence[tuple[str, Tensor]]) -> None:
         super().__init__()
-        self.rates = {id(rate): rate for rate in rates}
+        self.rates = {id(rate): name for name, rate in rates}
         self.stored: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func.__name__, dict(kwargs or {})
         if name == "ne" and id(args[0]) in self.rates and not isinstance(args[1], Tensor) and args[1] == 0:
+            if self.rates[id(args[0])] != "weight_decay":
+                raise Untraceable(f"the update takes another way where {self.rates[id(args[0])]} is 0")
             return True
         if name == "__rpow__" and args[0].dim() == 0:
             args = (args[0].double(), *args[1:])
@@ -275,8 +278,8 @@ def _lift_constants(graph: GraphModule, step_fn: SupervisedStep) -> list[Tensor]
             continue
         if value.requires_grad or (value.numel() and value.untyped_storage().data_ptr() in own):
             raise Untraceable(
-                f"the loss reaches a tensor of shape {tuple(value.shape)} that is trained, but not by the module's own "
-                "attribute (kept in a list or a closure, or of another model)"
+                f"the loss reaches a tensor of shape {tuple(value.shape)} that asks for a gradient, but not by the "
+                "module's own attribute (kept in a list or a closure, or of another model)"
             )
         if node.target not in constants:
             constants[node.target] = value

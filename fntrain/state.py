@@ -104,6 +104,9 @@ class TrainState:
 
     __hash__ = None  # type: ignore[assignment]  # equality reads every leaf
 
+    def __copy__(self) -> "TrainState":
+        return self  # immutable; plain dicts of the same tensors would escape the lease
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Read-only views do not pickle (or deepcopy); plain dicts do.
         fields = {field.name: getattr(self, field.name) for field in attrs.fields(TrainState)}

@@ -36,6 +36,7 @@ SKIPPED = MetricName("skipped_steps", reduce="max", smooth="sum")
 SCALE = MetricName("loss_scale", smooth="latest")
 _RESERVED = frozenset({"loss", "lr", "grad_norm", SKIPPED, SCALE, "step"})
 _LAST: Any = object()
+CHECK_EVERY = 100  # steps after which a layer put into the model later is noticed
 
 
 @attrs.frozen(eq=False)
@@ -111,7 +112,7 @@ class SupervisedStep:
             one["params"] = []  # options are what it is for; a model that is moved leaves no memory behind
 
     def __call__(self, state: TrainState, batch: Batch) -> TrainState:
-        if state.step == 0 or not self.bound.seen:
+        if state.step % CHECK_EVERY == 0 or not self.bound.seen:
             self.check_model()
         if state.params.keys() != self.slots.params.keys() or state.buffers.keys() != self.slots.buffer_names:
             self.slots.check(state)
@@ -171,7 +172,7 @@ class SupervisedStep:
             )
 
     def check_model(self) -> None:
-        """A layer put in after the step was made would never be trained."""
+        """Raise ValueError if a layer was put in after the step was made: it would never be trained."""
         now = Slots.of(self.model).params
         if now.keys() != self.slots.params.keys() or any(now[name] is not self.slots.params[name] for name in now):
             raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fntrain import tree
+from fntrain.errors import StateConsumedError
 from fntrain.fold import fit, states
 from fntrain.rng import fold_in
 from fntrain.shell.checkpoint import resume_or, save
@@ -54,7 +55,11 @@ def assert_pure(step_fn: StepFn, state: TrainState, batch: Any) -> TrainState:
     before, twin = digest(state), snapshot(state)
     torch.default_generator.manual_seed(fold_in(state.seed, 1))
     new = step_fn(state, batch)
-    assert digest(state) == before, "the step wrote to the old state"
+    try:
+        after = digest(state)
+    except StateConsumedError as error:
+        raise AssertionError("the step runs in place, which is not pure; give the pure step it was made of") from error
+    assert after == before, "the step wrote to the old state"
     torch.default_generator.manual_seed(fold_in(state.seed, 2))
     for source in (state, twin):
         try:

@@ -553,3 +553,106 @@ def test_channels_last_and_bfloat16_compile():
         eager, compiled = both(lambda: make("channels_last"), square_loss, SGD, data, precision="bf16")
     for one, other in zip(eager, compiled, strict=True):
         assert_alike(one, other, **BFLOAT16)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        from torch.utils.checkpoint import checkpoint
+
+        return self.last(checkpoint(lambda x: F.dropout(self.first(x), 0.5).tanh(), x, use_reentrant=False))
+
+
+def test_checkpointing_with_dropout_is_not_compiled(traced):
+    """A recomputation would draw another mask in a program: the gradients would be wrong without a word."""
+
+    def make_model():
+        torch.manual_seed(0)
+        return Checkpointed()
+
+    with pytest.warns(UserWarning, match="saves a generator's state to draw again"):
+        eager, compiled = both(make_model, cross_entropy, SGD, [classification() for _ in range(3)])
+    assert compiled[-1] == eager[-1]
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.last, self.calls = nn.Linear(6, 3), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.last(x) / self.calls
+
+
+def test_a_forward_with_memory_of_its_own_is_not_compiled(traced):
+    """A program would repeat the number of its trace."""
+
+    def make_model():
+        torch.manual_seed(0)
+        return Counting()
+
+    with pytest.warns(UserWarning, match="the forward sets Counting.calls"):
+        eager, compiled = both(make_model, cross_entropy, SGD, [classification() for _ in range(4)])
+    assert compiled[-1] == eager[-1]
+
+
+def test_a_tensor_of_the_closure_is_not_written_twice(traced):
+    """Tracing and trying out would count too: such a loss runs eagerly."""
+    counter = torch.zeros(())
+
+    def loss_fn(model, batch):
+        counter.add_(1)
+        return square_loss(model, batch)
+
+    model = make("mlp")
+    step_fn = compile_step(ft.supervised_step(model, loss_fn, SGD))
+    data = batches("mlp", 4)
+    state = step_fn(ft.init_state(model, SGD), data[0])
+    with pytest.warns(UserWarning, match=r"writes \(add_\) to a tensor of shape \(\) that is not the module's own"):
+        state = step_fn(state, data[1])
+    for batch in data[2:]:
+        state = step_fn(state, batch)
+    assert counter.item() == 4
+
+
+def test_a_reported_view_of_a_parameter_keeps_its_value(tmp_path):
+    """Metrics are those of their step, whatever the program writes over the tensor they look at."""
+
+    def loss_fn(model, batch):
+        ft.put_scalar("bias", model.last.bias[0])
+        return cross_entropy(model, batch)
+
+    kept = []
+    for wrap in (lambda step_fn: step_fn, compile_step):
+        torch.manual_seed(0)
+        model = Checkpointed()
+        model.forward = lambda x, model=model: model.last(model.first(x))
+        step_fn = wrap(ft.supervised_step(model, loss_fn, SGD))
+        state, seen = ft.init_state(model, SGD), []
+        for _ in range(4):
+            state = step_fn(state, classification())
+            seen.append(state.metrics["bias"])
+        kept.append([float(value) for value in seen])
+    assert kept[1] == pytest.approx(kept[0], rel=1e-4)
+    assert len(set(kept[1])) == 4
+
+
+def test_the_program_follows_a_tensor_put_into_the_module(traced):
+    """What somebody assigns to a parameter's data is what is trained on, as in place."""
+    ends = []
+    for wrap in (ft.shell.in_place, compile_step):
+        model = make("mlp")
+        step_fn = wrap(ft.supervised_step(model, square_loss, SGD))
+        state = ft.init_state(model, SGD)
+        for index, batch in enumerate(batches("mlp", 5)):
+            if index == 3:
+                first = next(model.parameters())
+                first.data = torch.ones_like(first)
+            state = step_fn(state, batch)
+        assert torch.equal(next(model.parameters()), next(iter(state.params.values())))
+        ends.append(ft.snapshot(state))
+    assert_alike(*ends, **FLOAT32)

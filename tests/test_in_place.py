@@ -1,5 +1,6 @@
 """in_place: leaf by leaf bitwise the pure step, whatever model, optimizer, data and hooks; states that are over say so."""
 
+import copy
 import gc
 import json
 import pickle
@@ -833,7 +834,7 @@ def test_one_step_at_a_time_runs_in_place():
     others = [model, nn.Sequential(nn.Linear(6, 8), model[2]), nn.Sequential(model[0]), nn.ModuleList([model])]
     cheap, state = start(model, optimizer)
     for other in others:
-        with pytest.raises(ValueError, match="in_place.*runs in place on this .*use that one, or `del` it first"):
+        with pytest.raises(ValueError, match="another step runs in place on this .*use that one, or `del` it first"):
             ft.shell.in_place(ft.supervised_step(other, square_loss, optimizer))
     ft.shell.in_place(ft.supervised_step(make("mlp"), square_loss, optimizer))
     del cheap
@@ -906,7 +907,7 @@ def test_a_function_is_refused():
     with pytest.raises(TypeError, match="got my_step, expected what ft.supervised_step returned; give a step written"):
         ft.shell.in_place(my_step)
     cheap, _ = start(make("mlp"))
-    with pytest.raises(TypeError, match="got InPlace"):
+    with pytest.raises(TypeError, match="runs in place already"):
         ft.shell.in_place(cheap)
     assert repr(cheap).startswith("in_place(SupervisedStep(") and cheap.rank == 0
 
@@ -1272,3 +1273,43 @@ def test_compile_runs_model_and_loss_through_torch_compile(monkeypatch):
         ends.append(ft.snapshot(state))
     assert ends[0] == ends[1]
     assert compiled == [loss_fn]
+
+
+def test_a_line_run_again_finds_the_same_step():
+    """In a notebook a traceback keeps the first one alive: the same step in place is the same object."""
+    model = make("mlp")
+    step_fn = ft.supervised_step(model, square_loss, ft.optimizer(torch.optim.SGD, lr=0.1))
+    first = ft.shell.in_place(step_fn)
+    assert ft.shell.in_place(step_fn) is first
+    with pytest.raises(TypeError, match="runs in place already"):
+        ft.shell.in_place(first)
+    with pytest.raises(TypeError, match="pickle the pure step"):
+        pickle.dumps(first)
+
+
+def test_a_copy_of_a_state_is_on_the_same_lease():
+    """copy.copy does not turn a lease into bare tensors."""
+    model = make("mlp")
+    sgd = ft.optimizer(torch.optim.SGD, lr=0.1)
+    state = ft.init_state(model, sgd)
+    copied = copy.copy(state)
+    ft.shell.in_place(ft.supervised_step(model, square_loss, sgd))(state, batches("mlp", 1)[0])
+    with pytest.raises(ft.StateConsumedError):
+        len(copied.params)
+
+
+@pytest.mark.parametrize("wrap", [lambda step_fn: step_fn, ft.shell.in_place])
+def test_a_layer_put_in_later_is_noticed(wrap):
+    """It would never be trained: within 100 steps the step says so."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+    sgd = ft.optimizer(torch.optim.SGD, lr=0.01)
+    step_fn = wrap(ft.supervised_step(model, lambda m, b: m(b).square().mean(), sgd))
+    state = step_fn(ft.init_state(model, sgd), torch.ones(2, 4))
+    model[1] = torch.nn.Linear(4, 1)
+
+    def go_on(state):
+        for _ in range(100):
+            state = step_fn(state, torch.ones(2, 4))
+
+    with pytest.raises(ValueError, match="has other parameters than when the step was made"):
+        go_on(state)

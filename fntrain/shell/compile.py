@@ -122,6 +122,7 @@ class CompiledStep:
         if self._stays_eager or state.step == 0:
             return self.eager(state, batch)
         state = self.eager.own(state)
+        self.eager.settle_params()  # somebody may have put other tensors into the module
         try:
             inputs: list[Tensor] = []
             key = (self._structure(), flatten(batch, inputs), self._flags(), torch.is_autocast_enabled("cpu"))
@@ -168,7 +169,8 @@ class CompiledStep:
             if not self._full:
                 self._warn(
                     f"has {self.max_programs} programs; further ones, such as for batch {shapes(inputs)}, run eagerly. "
-                    "Pad batches to few shapes, or pass a larger max_programs"
+                    "Pad batches to few shapes, leave numbers and texts that differ (ids, names) out of them, or pass "
+                    "a larger max_programs"
                 )
             self._full = True
             return None

@@ -161,6 +161,7 @@ class CudaStep:
             return self._eagerly(state, batch, self.refused[key])
         captured = self.graphs.get(key)
         state = self.eager.own(state)
+        self.eager.settle_params()  # somebody may have put other tensors into the module
         if captured is not None and captured.is_valid(self.eager):
             return captured.replay(self.eager, state, batch)
         if captured is not None:  # the state lies elsewhere now

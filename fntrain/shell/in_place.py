@@ -22,7 +22,7 @@ from fntrain.lease import FIELDS, Home, Leased
 from fntrain.module import came_or_went, copy_in, is_dense, same_memory
 from fntrain.shell.kernels import FusedAdam
 from fntrain.state import TrainState
-from fntrain.step import SupervisedStep, alike, choose
+from fntrain.step import CHECK_EVERY, SupervisedStep, alike, choose
 from fntrain.tree import PyTree
 
 _log = logging.getLogger("fntrain")
@@ -69,11 +69,18 @@ def in_place(
     check_step(step_fn)
     if compile:
         step_fn = attrs.evolve(step_fn, loss_fn=torch.compile(step_fn.loss_fn))
+    tenant = next(iter(Home.of(step_fn.slots.params).tenants), None)
+    if tenant is not None and tenant.step is step_fn and tenant.debug == debug:
+        return tenant  # type: ignore[no-any-return]  # the same step: a line run again in a notebook
     return InPlace(step_fn, debug)
 
 
 def check_step(step_fn: Any) -> None:
     """Raise TypeError unless the step is one whose parts the shell knows."""
+    if isinstance(step_fn, InPlace) or isinstance(getattr(step_fn, "eager", None), InPlace):
+        raise TypeError(
+            f"step_fn: got {step_fn!r:.60}..., which runs in place already; give the pure step it was made of"
+        )
     if not isinstance(step_fn, SupervisedStep):
         raise TypeError(
             f"step_fn: got {getattr(step_fn, '__name__', type(step_fn).__name__)}, expected what ft.supervised_step "
@@ -90,8 +97,9 @@ class InPlace:
         self.home = Home.of(step.slots.params)
         if tenants := self.home.tenants:
             raise ValueError(
-                f"step_fn: {tenants[0]!r} runs in place on this {type(step.model).__name__}, or on part of it, "
-                "and two would overwrite each other's states; use that one, or `del` it first"
+                f"step_fn: another step runs in place on this {type(step.model).__name__}, or on part of it, and two "
+                f"would overwrite each other's states; use that one, or `del` it first (after an error in an "
+                f"interactive session, sys.last_traceback may hold it): {tenants[0]!r}"
             )
         self.home.tenant = weakref.ref(self)
         self._take_memory()
@@ -112,9 +120,12 @@ class InPlace:
     def __repr__(self) -> str:
         return f"in_place({self.step!r})"
 
+    def __reduce__(self) -> Any:
+        raise TypeError("a step run in place belongs to the memory of its module; pickle the pure step it was made of")
+
     def __call__(self, state: TrainState, batch: Batch) -> TrainState:
         step = self.step
-        if state.step == 0 or not step.bound.seen:
+        if state.step % CHECK_EVERY == 0 or not step.bound.seen:
             step.check_model()
         state = self.own(state)
         before = self.begin()
@@ -166,7 +177,7 @@ class InPlace:
 
     def own(self, state: TrainState) -> TrainState:
         """Copy in what of a state is not this memory already; returns the state with nothing of it elsewhere."""
-        reason = f"step {state.step + 1}, which began from another state"
+        reason = f"step {state.step + 1} (begun from another state)"
         here = self.home.leased(state.params, "params") and self.home.leased(state.buffers, "buffers")
         theirs: Any = state.opt_state
         kept = self.home.leased(theirs, "opt_state")

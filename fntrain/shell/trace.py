@@ -1,8 +1,6 @@
 """A step as a graph: its own helpers run once on fake tensors, while `make_fx` records what they do."""
 
-import random
 import re
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +12,7 @@ from typing import Any, cast
 import attrs
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -23,10 +21,11 @@ from torch.overrides import TorchFunctionMode
 from fntrain import events, tree
 from fntrain.batch import Batch
 from fntrain.optim import BoundOptimizer
-from fntrain.rng import preserved_generators
+from fntrain.rng import other_states, preserved_generators
 from fntrain.shell.flat import Rates, Unsettled, Untraceable, filler
 from fntrain.step import LR, SKIPPED, SupervisedStep, _report
 
+_ABSENT = object()
 _INNER = re.compile(r"[\\/]torch[\\/](?!optim)|[\\/]shell[\\/]trace\.py$")  # frames that tell a reader nothing
 
 
@@ -53,21 +52,25 @@ def trace(step_fn: SupervisedStep, rates: Rates, trees: tuple[Any, ...], batch: 
     def run(vector: Tensor, *inputs: Tensor) -> list[Tensor]:
         values = iter(inputs)
         fake = [filler(one)(values) for one in trees]
-        outputs, notes = _step(step_fn, rates.lent(step_fn.bound, vector), fake, filler(batch)(values))
+        outputs, notes = _step(step_fn, rates.lent(step_fn.bound, vector), vector, fake, filler(batch)(values))
         found.update(notes)
         return outputs
 
-    generators = _python_generators()
-    with preserved_generators(), _untouched(step_fn.model), _compiling():
+    generators = other_states()
+    with preserved_generators(), _untouched(step_fn.model), _compiling(), _RefuseWrites(), _rng_states_read() as read:
         graph = make_fx(run, _DECOMPOSED, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
-        if _python_generators() != generators:
+        if other_states() != generators:
             raise Untraceable("it draws from Python's or NumPy's generator, which a program can't")
+        if read and any(_draws(node) for node in graph.graph.nodes):
+            raise Untraceable(
+                "it draws, and saves a generator's state to draw again (torch.utils.checkpoint does): a program can't"
+            )
     constants = _lift_constants(graph, step_fn)
     return Traced(graph, constants, **found)
 
 
 def _step(
-    step_fn: SupervisedStep, bound: BoundOptimizer, trees: list[Any], batch: Batch
+    step_fn: SupervisedStep, bound: BoundOptimizer, vector: Tensor, trees: list[Any], batch: Batch
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """One step on traced tensors, without a decision on the host: its results, and what `Traced` says of them."""
     slots = step_fn.slots
@@ -102,6 +105,11 @@ def _step(
     new = ({name: param.detach() for name, param in params.items()}, _assigned(step_fn, buffers), opt_state)
     outputs = _Outputs()
     _write(trees, new, healthy, idle)
+    # Inductor takes copies for needless, even of what is written over: a report on a parameter would show the new one.
+    true = vector[0] == vector[0]
+    for name, value in metrics.items():
+        if isinstance(value, Tensor):
+            metrics[name] = torch.where(true, value, torch.zeros_like(value))
     tensors = [(name, outputs.index(value)) for name, value in metrics.items() if isinstance(value, Tensor)]
     media = [
         (name, outputs.index(value.tensor), type(value))
@@ -190,6 +198,14 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     ]
     try:
         yield
+        changed = [
+            f"{type(module).__name__}.{name}"
+            for module, attributes, _, _ in before
+            for name, value in module.__dict__.items()
+            if not name.startswith("_flat_weight") and attributes.get(name, _ABSENT) is not value
+        ]
+        if changed:
+            raise Untraceable(f"the forward sets {', '.join(changed[:3])}, which a program would not")
     finally:
         for module, attributes, params, buffers in before:
             module.__dict__.clear()
@@ -211,6 +227,40 @@ def _compiling() -> Iterator[None]:
         yield
     finally:
         torch.compiler._is_compiling_flag = before
+
+
+class _RefuseWrites(TorchFunctionMode):
+    """Refuse what writes to a tensor of the closure: tracing and trying out would write to it too."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+        if writes and args and type(args[0]) is Tensor and not isinstance(args[0], FakeTensor):
+            raise Untraceable(
+                f"it writes ({name}) to a tensor of shape {tuple(args[0].shape)} that is not the module's own"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _rng_states_read() -> Iterator[list[bool]]:
+    """Notes whether the state of torch's generator is asked for."""
+    read: list[bool] = []
+    original = torch.get_rng_state
+
+    def noted() -> Tensor:
+        read.append(True)
+        return original()
+
+    torch.get_rng_state = noted
+    try:
+        yield read
+    finally:
+        torch.get_rng_state = original
+
+
+def _draws(node: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 class _TensorsForNumbers(TorchFunctionMode):
@@ -290,11 +340,6 @@ def _lift_constants(graph: GraphModule, step_fn: SupervisedStep) -> list[Tensor]
         graph.graph.erase_node(node)
     graph.recompile()
     return list(constants.values())
-
-
-def _python_generators() -> Any:
-    numpy = sys.modules.get("numpy")
-    return random.getstate(), repr(numpy.random.get_state()) if numpy else None
 
 
 def reason(error: Exception) -> str:

@@ -10,6 +10,8 @@ import torch
 
 from fntrain.writers.row import Row, WriteRow
 
+_BYTES = {f"memory/{kind}" for kind in ("rss", "peak_rss", "allocated", "reserved", "peak_allocated")}
+
 
 @attrs.frozen
 class Console:
@@ -47,6 +49,8 @@ def _line(row: Row, seconds_per_step: float) -> str:
         value = row.scalars[name]
         if name.startswith("time/"):
             parts.append(f"{name.removeprefix('time/')} {value * 1000:>7.1f} ms")
+        elif name in _BYTES:
+            parts.append(f"{name} {value / 2**20:.0f} MiB")
         elif name != "skipped_steps" or value:  # said only when it happens
             parts.append(f"{name} {value:<9.4g}")
     if row.periodic:

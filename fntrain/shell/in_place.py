@@ -177,10 +177,12 @@ class InPlace:
 
     def own(self, state: TrainState) -> TrainState:
         """Copy in what of a state is not this memory already; returns the state with nothing of it elsewhere."""
-        reason = f"step {state.step + 1} (begun from another state)"
         here = self.home.leased(state.params, "params") and self.home.leased(state.buffers, "buffers")
         theirs: Any = state.opt_state
         kept = self.home.leased(theirs, "opt_state")
+        if here and kept and theirs.tensors is self.opt_state:
+            return self._spared(state)
+        reason = f"step {state.step + 1} (begun from another state)"
         if not (here and kept):
             state = self._apart(state)  # reads all of it: a consumed part raises before anything is written
         if not here:
@@ -217,6 +219,8 @@ class InPlace:
 
     def _spared(self, state: TrainState) -> TrainState:
         """The state; what hooks or the user keep in it of this step's memory is copied before that is written to."""
+        if not state.hooks and not state.extra:
+            return state
         kept = {"hooks": state.hooks, "extra": state.extra}
         if not (tensors := tree.tensors(kept)):
             return state
@@ -233,12 +237,14 @@ class InPlace:
         for param in slots.params.values():
             param.grad = None
         frozen = [slots.params[name] for name in self.step.bound.frozen if slots.params[name].requires_grad]
-        buffers = [owner[key] for _, owner, key in slots.places]
-        homes = [None if buffer is None else buffer.data for buffer in buffers]
-        before = Before(frozen, list(zip(slots.places, buffers, homes, tree.clone(homes), strict=True)))
-        for param in frozen:
+        kept: list[Any] = []
+        if slots.places:
+            buffers = [owner[key] for _, owner, key in slots.places]
+            homes = [None if buffer is None else buffer.data for buffer in buffers]
+            kept = list(zip(slots.places, buffers, homes, tree.clone(homes), strict=True))
+        for param in frozen:  # last: what failed before this has changed nothing
             param.requires_grad_(False)
-        return before
+        return Before(frozen, kept)
 
     def undo(self, before: "Before", *, ran: bool = True) -> None:
         """Leave the state as it was: buffers get the values back that the forward wrote over, if it `ran` at all."""

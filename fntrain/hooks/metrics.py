@@ -139,6 +139,9 @@ class _Live:
     def take(self, name: str, values: list[tuple[int, Any]]) -> None:
         smooth = getattr(name, "smooth", "median")
         size = {"median": self.settings.window, "latest": 1}.get(smooth)
+        if smooth != "each" and {type(value) for _, value in values} == {float}:  # times: the most of what there is
+            self.windows.setdefault(name, deque(maxlen=size)).extend(values)
+            return
         for step, value in values:
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(
@@ -203,7 +206,7 @@ def _to_host(values: list[Any]) -> list[float]:
     numbers = [0.0] * len(values)
     for index, value in enumerate(values):
         if not isinstance(value, Tensor) or not stalls(value):
-            numbers[index] = float(value)
+            numbers[index] = float(value.item() if isinstance(value, Tensor) else value)
     groups = groupby(lambda index: (values[index].device, values[index].dtype), tensors)
     for indices in groups.values():
         stacked = torch.stack([values[index].detach().reshape(()) for index in indices]).tolist()

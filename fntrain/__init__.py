@@ -25,6 +25,7 @@ from fntrain.module import bound, init_state, load_into
 from fntrain.optim import Optimizer, group, optimizer
 from fntrain.rng import fold_in, preserved_generators, seed_generators
 from fntrain.shell.checkpoint import latest, load, resume_or, save
+from fntrain.shell.params import export, load_params
 from fntrain.state import Run, StepFn, Stop, TrainState, digest, named_leaves, remember, snapshot, stop
 from fntrain.step import SupervisedStep, supervised_step
 
@@ -53,6 +54,7 @@ __all__ = [
     "evaluation",
     "events",
     "every",
+    "export",
     "first",
     "fit",
     "fold_in",
@@ -64,6 +66,7 @@ __all__ = [
     "latest",
     "load",
     "load_into",
+    "load_params",
     "name_scope",
     "named_leaves",
     "num_samples",

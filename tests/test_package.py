@@ -16,7 +16,7 @@ ROOT = pathlib.Path(ft.__file__).parent
 FORBIDDEN = re.compile(
     r"(os|time|logging|torch\.distributed|tensorboard|torch\.utils\.tensorboard|fntrain\.shell)(\.|$)"
 )
-PURE = [path for path in ROOT.glob("*.py") if path.name not in ("__init__.py", "testing.py")]
+PURE = [path for path in ROOT.glob("*.py") if path.name not in ("__init__.py", "__main__.py", "testing.py")]
 
 
 def imports(source):

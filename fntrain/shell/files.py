@@ -102,6 +102,14 @@ def read_files(path: Path, device: torch.device | None = None) -> TrainState:
         raise CheckpointError(f"{path / MANIFEST}: structure is damaged: {error!r}") from error
 
 
+def read_model(path: Path) -> dict[str, Tensor]:
+    """Read parameters and buffers of one checkpoint by their names in the module, every byte of that file checked."""
+    manifest = _read_manifest(path)
+    listed = {leaf: entry for leaf, entry in manifest["tensors"].items() if entry["file"] == MODEL}
+    tensors = _read_tensors(path / MODEL, listed, manifest["headers"].get(MODEL), None)
+    return {listed[leaf]["name"]: tensor for leaf, tensor in tensors.items()}
+
+
 def fsync(path: Path) -> None:
     """Wait until a file or directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -111,6 +111,6 @@ class _Group:
     params: list[Tensor]
     memory: list[list[Tensor]]  # first and second moment, largest second moment or nothing, steps
     counts: Tensor  # the steps, which are views of it
-    counted: Any  # the same memory as an array: counting there costs a tenth of an operation of torch
+    counted: Any  # the same memory as an array: counting there spares an operation of torch
     options: dict[str, Any]
     scheduled: Mapping[str, Callable[[int], Any]]

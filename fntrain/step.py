@@ -57,7 +57,8 @@ class SupervisedStep:
     update counts as a step: schedules go on with `state.step`, the optimizer's own count stays behind.
 
     Args:
-      model: its parameters and persistent buffers are lent the state's tensors for each call.
+      model: its parameters and persistent buffers are lent the state's tensors for each call. A parameter that shares
+        memory with another tensor, and a sparse persistent buffer, are refused.
       loss_fn: (model, batch) -> scalar tensor, dict of them (summed), or `ft.weighted(sum, weight)`.
       optimizer: from `ft.optimizer`.
       accumulate: number of micro-batches a batch is split into; exact for ragged ones, each weighs its samples.

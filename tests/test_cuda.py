@@ -387,6 +387,33 @@ def test_the_old_state_is_consumed_and_metrics_are_not_overwritten(as_on_a_devic
             len(getattr(states[-2], field))
 
 
+def test_a_model_that_another_step_runs_on_is_refused_before_it_is_moved(monkeypatch):
+    """Also if that is the very same step in place: the model stays where it is."""
+    step_fn, _ = job()
+    monkeypatch.setattr("fntrain.shell.cuda.checked_device", torch.device)
+    monkeypatch.setattr("fntrain.shell.cuda.CudaEngine", lambda device: RecordingEngine(None))
+    moved = []
+    monkeypatch.setattr(step_fn.model, "to", lambda *to, **how: moved.append(to))
+    first = ft.shell.in_place(step_fn)
+    with pytest.raises(ValueError, match="another step runs in place"):
+        ft.shell.cuda_step(step_fn)
+    assert moved == []
+    del first
+    assert isinstance(ft.shell.cuda_step(step_fn), CudaStep)
+    assert len(moved) == 1
+
+
+def test_autocast_around_the_call_is_a_graph_of_its_own(as_on_a_device):
+    """A replay never runs with the casts of another capture."""
+    data = batches(2 * WARMUP + 4)
+    step_fn, state = job()
+    graphed, engine = recorded(step_fn)
+    states = run(graphed, state, data[: WARMUP + 2])
+    with torch.autocast("cpu", torch.bfloat16):
+        run(graphed, states[-1], data[WARMUP + 2 :])
+    assert engine.captures == 2
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_device_the_message_says_what_to_do():
     """Neither a silent CPU run nor torch's own assertion."""

@@ -14,7 +14,6 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Hashable
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -99,16 +98,11 @@ class CompiledStep:
     _leaves: list[Tensor] = attrs.field(factory=list, init=False)  # the state's, in the order of the programs' inputs
     _structures: dict[Hashable, int] = attrs.field(factory=dict, init=False)
     _current: tuple[Any, int, int] = attrs.field(default=(None, -1, -1), init=False)  # where they lie, what they are
-    _flags: Callable[[], Hashable] = attrs.field(init=False)
     _stays_eager: bool = attrs.field(default=False, init=False)
     _full: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
-        step = self.eager.step
-        self._rates = Rates.of(step)
-        modules, params = list(step.model.modules()), list(step.slots.params.values())
-        training, trainable = attrgetter("training"), attrgetter("requires_grad")
-        self._flags = lambda: (*map(training, modules), *map(trainable, params))
+        self._rates = Rates.of(self.eager.step)
 
     @property
     def rank(self) -> int:
@@ -125,7 +119,7 @@ class CompiledStep:
         self.eager.settle_params()  # somebody may have put other tensors into the module
         try:
             inputs: list[Tensor] = []
-            key = (self._structure(), flatten(batch, inputs), self._flags(), torch.is_autocast_enabled("cpu"))
+            key = (self._structure(), flatten(batch, inputs), self.eager.modes())
             program = self._programs[key] if key in self._programs else self._build(key, state, batch, inputs)
         except Untraceable as error:
             return self._give_up(state, batch, error)

@@ -23,7 +23,7 @@ from fntrain.events import Histogram, Image
 from fntrain.lease import FIELDS
 from fntrain.precision import LOSS_SCALE, loss_scale
 from fntrain.rng import other_states
-from fntrain.shell.in_place import InPlace, check_step, in_place
+from fntrain.shell.in_place import InPlace, check_free, check_step, in_place
 from fntrain.shell.kernels import FusedAdam
 from fntrain.state import TrainState
 from fntrain.step import LR, SupervisedStep, Work
@@ -79,7 +79,7 @@ def cuda_step(
     whole("max_graphs", max_graphs, 1)
     check_step(step_fn)
     engine = CudaEngine(checked_device(device))
-    in_place(step_fn)  # refuses a model that another step runs on, before it is moved
+    check_free(step_fn)  # before the model is moved
     step_fn.model.to(engine.device)
     if channels_last:
         step_fn.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -137,11 +137,6 @@ class CudaStep:
         self.warm: dict[Hashable, list[dict[str, Any]]] = {}  # numbers that the eager steps of a shape reported
         self.refused: dict[Hashable, str] = {}  # why a shape is not captured
         self.said: set[str] = set()
-        modules, params = list(step.step.model.modules()), list(step.step.slots.params.values())
-        self.flags: Callable[[], Hashable] = lambda: (
-            *(one.training for one in modules),
-            *(param.requires_grad for param in params),
-        )
 
     @property
     def rank(self) -> int:
@@ -155,8 +150,7 @@ class CudaStep:
         batch = self.engine.fetch(batch, channels_last=self.channels_last)
         if self.graph == "never":
             return self.eager(state, batch)
-        kind = self.engine.device.type
-        key = (signature(batch), self.flags(), torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        key = (signature(batch), self.eager.modes())
         if key in self.refused:
             return self._eagerly(state, batch, self.refused[key])
         captured = self.graphs.get(key)

@@ -7,7 +7,8 @@ What the old state held is overwritten, so its lease ends at the first write and
 import gc
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import attrs
@@ -25,6 +26,7 @@ from fntrain.state import TrainState
 from fntrain.step import CHECK_EVERY, SupervisedStep, alike, choose
 from fntrain.tree import PyTree
 
+_TRAINING, _REQUIRES_GRAD = attrgetter("training"), attrgetter("requires_grad")
 _log = logging.getLogger("fntrain")
 
 
@@ -88,6 +90,16 @@ def check_step(step_fn: Any) -> None:
         )
 
 
+def check_free(step: SupervisedStep) -> None:
+    """Raise ValueError if a step runs in place on the model already, or on one that shares parameters with it."""
+    if tenants := Home.of(step.slots.params).tenants:
+        raise ValueError(
+            f"step_fn: another step runs in place on this {type(step.model).__name__}, or on part of it, and two "
+            "would overwrite each other's states; use that one, or `del` it first (after an error in an interactive "
+            f"session, sys.last_traceback may hold it): {tenants[0]!r}"
+        )
+
+
 class InPlace:
     """A step on the module's own memory; made by `in_place`."""
 
@@ -95,12 +107,7 @@ class InPlace:
         self.step = step
         self.debug = debug
         self.home = Home.of(step.slots.params)
-        if tenants := self.home.tenants:
-            raise ValueError(
-                f"step_fn: another step runs in place on this {type(step.model).__name__}, or on part of it, and two "
-                f"would overwrite each other's states; use that one, or `del` it first (after an error in an "
-                f"interactive session, sys.last_traceback may hold it): {tenants[0]!r}"
-            )
+        check_free(step)
         self.home.tenant = weakref.ref(self)
         self._take_memory()
         self.params = {name: param.detach() for name, param in step.slots.params.items()}
@@ -111,11 +118,19 @@ class InPlace:
         self.memory: set[int] | None = None  # addresses of what is written to; None: not known
         self.said = False  # that the host waits for each decision
         self.moves = 0  # how often a parameter or a buffer got other memory
+        self.modules = tuple(step.model.modules())
 
     @property
     def rank(self) -> int:
         """The rank of the step, for the fold."""
         return self.step.rank
+
+    def modes(self) -> Hashable:
+        """What a step captured or compiled is fixed to besides shapes: train/eval and gradient flags, autocast."""
+        params = self.step.slots.params.values()
+        kind = next(iter(params)).device.type
+        cast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        return (*map(_TRAINING, self.modules), *map(_REQUIRES_GRAD, params), *cast)
 
     def __repr__(self) -> str:
         return f"in_place({self.step!r})"

@@ -1,6 +1,6 @@
 """The standard hooks; a hook of your own is `ft.hook(after_step=...)` or `ft.stateful(...)`."""
 
-from fntrain.hooks.checkpoint import checkpoint
+from fntrain.hooks.checkpoint import best_checkpoint, checkpoint, keep_best
 from fntrain.hooks.evaluate import evaluate
 from fntrain.hooks.memory import memory_stats
 from fntrain.hooks.metrics import write_metrics
@@ -8,4 +8,14 @@ from fntrain.hooks.profile import profile
 from fntrain.hooks.progress import progress_bar
 from fntrain.hooks.timer import iteration_timer
 
-__all__ = ["checkpoint", "evaluate", "iteration_timer", "memory_stats", "profile", "progress_bar", "write_metrics"]
+__all__ = [
+    "best_checkpoint",
+    "checkpoint",
+    "evaluate",
+    "iteration_timer",
+    "keep_best",
+    "memory_stats",
+    "profile",
+    "progress_bar",
+    "write_metrics",
+]

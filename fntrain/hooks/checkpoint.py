@@ -1,8 +1,11 @@
-"""hooks.checkpoint: save the state every n steps and at the end."""
+"""hooks.checkpoint: save the state every n steps and at the end. hooks.best_checkpoint: save the best one."""
 
+import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, Literal
 
 import attrs
 
@@ -10,8 +13,51 @@ from fntrain import gates
 from fntrain.check import whole
 from fntrain.errors import CheckpointError
 from fntrain.hook import AnyHook, Hook, hook, resource
-from fntrain.shell import checkpoint as files
-from fntrain.state import TrainState
+from fntrain.shell.directory import candidates, complete, remove, retain, set_aside, step_of
+from fntrain.shell.files import check_files
+from fntrain.shell.remote import Place, place
+from fntrain.shell.saver import Saver
+from fntrain.shell.upgrade import SchemaError
+from fntrain.state import TrainState, remember
+
+_log = logging.getLogger("fntrain")
+Mode = Literal["max", "min"]
+
+
+@attrs.frozen
+class KeepBest:
+    """Which checkpoints to keep for their score; made by `keep_best`."""
+
+    metric: str
+    mode: Mode
+    n: int
+
+    def best(self, scores: Mapping[str, float]) -> dict[str, float]:
+        """The n best of scores by step; of equal ones the earlier."""
+        sign = -1 if self.mode == "max" else 1
+        ranked = sorted(scores.items(), key=lambda item: (sign * item[1], int(item[0])))
+        return dict(ranked[: self.n])
+
+
+def keep_best(metric: str, *, mode: Mode, n: int = 1) -> KeepBest:
+    """Say which checkpoints `hooks.checkpoint` keeps for their score: those of the n best.
+
+    Args:
+      metric: name in `state.metrics` at the steps that are saved; a score that is nan or inf does not count.
+      mode: "max" if more is better, "min" if less is.
+      n: how many.
+    Raises:
+      ValueError: the mode is none of the two, or n is not positive.
+    Example:
+      >>> keep_best("eval/accuracy", mode="max")
+      KeepBest(metric='eval/accuracy', mode='max', n=1)
+    """
+    if mode not in ("max", "min"):
+        raise ValueError(f'mode: got {mode!r}, expected "max" or "min"')
+    return KeepBest(metric, mode, whole("n", n, 1))
+
+
+_of_the_best = keep_best  # `checkpoint` has an argument of that name
 
 
 @attrs.frozen
@@ -19,47 +65,237 @@ class Checkpoint:
     """The parameters of the hook; called, it gives the live one."""
 
     directory: str
+    name: str
     keep_last: int | None
+    keep_every: int | None
+    keep_best: tuple[KeepBest, ...]
+    asynchronous: bool
 
     @contextmanager
     def __call__(self) -> Iterator[Hook]:
-        yield hook(before_train=self.check, after_step=self.save)
-
-    def check(self, state: TrainState) -> None:
-        """Refuse a directory that can't be written, or whose newest checkpoint this run would not be resumed from."""
-        files.clean(self.directory)
-        newest = files.newest_intact_after(self.directory, state.step)
-        if newest is not None:
-            raise CheckpointError(
-                f"{newest}: is of a later step than this run's start ({state.step}), and would be resumed instead of "
-                "what this run saves; start from ft.resume_or(state, directory), or give another directory"
+        with Saver(place(self.directory), asynchronous=self.asynchronous) as saver:
+            live = _Periodic(self, saver)
+            yield attrs.evolve(
+                hook(before_train=live.start, after_step=live.save, after_train=live.finish), wrap_data=live.watch
             )
 
-    def save(self, state: TrainState) -> None:
-        """Write the state, then delete what is too old."""
-        files.save(state, self.directory)
-        files.drop_after(self.directory, state.step)  # left by a roll-back: not this run's past
-        if self.keep_last is not None:
-            files.prune(self.directory, self.keep_last)
+    def kept(self, steps: list[int], best: Collection[int]) -> set[int]:
+        """The steps to keep, of those saved, newest first."""
+        if self.keep_last is None and self.keep_every is None and not self.keep_best:
+            return set(steps)
+        every = {step for step in steps if self.keep_every is not None and step % self.keep_every == 0}
+        return {*steps[: self.keep_last or 1], *every, *best}
+
+
+class _Live:
+    """The live hook of either kind."""
+
+    def __init__(self, saver: Saver) -> None:
+        self.saver = saver
+
+    def watch(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self.saver.check()  # at every step, whatever the gates: a failed save is told at once
+            yield batch
+
+    def write(self, state: TrainState, keep: Callable[[list[int]], Collection[int]]) -> None:
+        step = state.step  # not the state: it would live until it is on the disk
+        self.saver.save(state, lambda: retain(self.saver.root, step, keep))
+
+
+class _Periodic(_Live):
+    def __init__(self, record: Checkpoint, saver: Saver) -> None:
+        super().__init__(saver)
+        self.record = record
+
+    def start(self, state: TrainState) -> None:
+        refuse_later(self.saver.root, state)
+
+    def save(self, state: TrainState) -> TrainState | None:
+        record, memory = self.record, {}
+        for kept in record.keep_best:
+            value = score(state, kept.metric)
+            scores = dict(state.hooks[record.name].get(kept.metric, {}))
+            memory[kept.metric] = kept.best(scores if value is None else scores | {str(state.step): value})
+        new = remember(state, record.name, memory) if record.keep_best else None
+        best = {int(step) for scores in memory.values() for step in scores}
+        self.write(new or state, lambda steps: record.kept(steps, best))
+        return new
+
+    def finish(self, _state: TrainState) -> None:
+        self.saver.wait()
 
 
 def checkpoint(
-    directory: str | os.PathLike[str], *, every: int, keep_last: int | None = None, name: str = "checkpoint"
+    directory: str | os.PathLike[str],
+    *,
+    every: int,
+    keep_last: int | None = None,
+    keep_every: int | None = None,
+    keep_best: KeepBest | Sequence[KeepBest] = (),
+    asynchronous: bool = True,
+    name: str = "checkpoint",
 ) -> AnyHook:
     """Save the state every n steps and at the end of training; list it after every hook that has memory.
 
+    The state is copied to host memory (one copy, made at the first save), and a thread writes it; training goes on
+    after the copy. `fit` returns when the last one is on the disk. A save that failed raises at the next step. After
+    each save, what none of the three rules keeps is deleted; without any of them all are kept, and the newest always.
+
     Args:
-      directory: of the run's checkpoints; made if it is not there.
+      directory: of the run's checkpoints; made if it is not there. A path, or a URL that fsspec knows (s3://...). No
+        other process, and no other hook, may save there.
       every: number of steps between two.
-      keep_last: how many of the newest to keep; None keeps all.
+      keep_last: how many of the newest to keep.
+      keep_every: keep those whose step is divisible by it.
+      keep_best: keep those with the best scores, `ft.hooks.keep_best("eval/accuracy", mode="max", n=3)`, or several
+        of these. Scores are remembered in the state.
+      asynchronous: False waits for the disk, and takes no memory for a copy.
       name: unique in a run.
     Raises:
-      ValueError: `every` or `keep_last` is not positive.
-      CheckpointError: (when the run starts) the directory can't be written, or holds a later step than the start.
+      ValueError: a period is not positive, or two of `keep_best` are for one metric.
+      CheckpointError: (when the run starts) the directory can't be written, is in use, or holds a later step than the
+        start; (while it runs) a save failed.
     Example:
-      >>> checkpoint("runs/digits", every=500, keep_last=3)
-      at_end(every(500, Checkpoint(directory='runs/digits', keep_last=3)))
+      >>> checkpoint("runs/digits", every=500, keep_last=3).name
+      'checkpoint'
+
+    Source: detectron2's PeriodicCheckpointer; asynchronous saving: CheckFreq, https://arxiv.org/abs/2103.14360
     """
-    keep_last = keep_last if keep_last is None else whole("keep_last", keep_last, 1)
-    record = Checkpoint(os.fspath(directory), keep_last)
-    return gates.at_end(gates.every(every, resource(record, name=name, saves=True)))
+    best = (keep_best,) if isinstance(keep_best, KeepBest) else tuple(keep_best)
+    if len({one.metric for one in best}) < len(best):
+        raise ValueError(f"keep_best: got {best}, expected one for each metric")
+    record = Checkpoint(
+        os.fspath(directory),
+        name,
+        keep_last if keep_last is None else whole("keep_last", keep_last, 1),
+        keep_every if keep_every is None else whole("keep_every", keep_every, 1),
+        best,
+        asynchronous,
+    )
+    remembers = {"init": _Nothing()} if best else {}
+    return gates.at_end(gates.every(every, resource(record, name=name, saves=True, **remembers)))
+
+
+@attrs.frozen
+class _Nothing:
+    """The memory at the start."""
+
+    def __call__(self, state: TrainState) -> dict[str, Any]:
+        del state
+        return {}
+
+
+@attrs.frozen
+class BestCheckpoint:
+    """The parameters of the hook; called, it gives the live one."""
+
+    directory: str
+    name: str
+    best: KeepBest
+    asynchronous: bool
+
+    @contextmanager
+    def __call__(self) -> Iterator[Hook]:
+        with Saver(place(self.directory), asynchronous=self.asynchronous) as saver:
+            live = _Best(self, saver)
+            yield attrs.evolve(
+                hook(before_train=live.start, after_step=live.save, after_train=live.finish), wrap_data=live.watch
+            )
+
+
+class _Best(_Live):
+    def __init__(self, record: BestCheckpoint, saver: Saver) -> None:
+        super().__init__(saver)
+        self.record = record
+
+    def start(self, state: TrainState) -> TrainState | None:
+        """Bring memory and directory together: a kill may have come between the one and the other."""
+        memory: Mapping[str, float] = state.hooks[self.record.name]
+        best = max(map(int, memory), default=-1)
+        found = {step_of(path): path for path in complete(self.saver.root)}
+        for step, path in found.items():
+            if step > best:
+                set_aside(path, "former")  # of a run that is not this one's past
+            elif step < best and best in found:
+                remove(path)
+        if not memory or best in found:
+            return None
+        if best == state.step:
+            self.write(state, lambda _: [])
+            return None
+        _log.warning("%s: the best checkpoint (step %s) is not there; beginning anew", self.saver.root, best)
+        return remember(state, self.record.name, {})
+
+    def save(self, state: TrainState) -> TrainState | None:
+        value = score(state, self.record.best.metric)
+        memory = state.hooks[self.record.name]
+        if value is None or self.record.best.best({**memory, str(state.step): value}) == memory:
+            return None
+        new = remember(state, self.record.name, {str(state.step): value})
+        self.write(new, lambda _: [])
+        return new
+
+    def finish(self, state: TrainState) -> TrainState | None:
+        """After the last evaluation, which may have run at the end only."""
+        failed = state.run.stop is not None and state.run.stop.kind == "error"
+        new = None if failed else self.save(state)
+        self.saver.wait()
+        return new
+
+
+def best_checkpoint(
+    directory: str | os.PathLike[str],
+    metric: str,
+    *,
+    mode: Mode,
+    asynchronous: bool = True,
+    name: str = "best_checkpoint",
+) -> AnyHook:
+    """Save the state whenever a metric is better than ever before; `ft.latest(directory)` is the best one.
+
+    List it after the hook that reports the metric and before `hooks.checkpoint`, which saves its memory.
+
+    Args:
+      directory: for this hook alone; one checkpoint stays there, the former is deleted when the better one is whole.
+      metric: name in `state.metrics`; at steps without it nothing happens. A score that is nan or inf is never best.
+      mode: "max" if more is better, "min" if less is.
+      asynchronous: as for `hooks.checkpoint`.
+      name: unique in a run; the best score and its step are in `state.hooks[name]`.
+    Raises:
+      ValueError: the mode is none of the two.
+      CheckpointError: (when the run starts) the directory can't be written or is in use; (while it runs) a save failed.
+    Example:
+      >>> best_checkpoint("runs/digits/best", "eval/accuracy", mode="max").name
+      'best_checkpoint'
+
+    Source: detectron2's BestCheckpointer
+    """
+    record = BestCheckpoint(os.fspath(directory), name, _of_the_best(metric, mode=mode), asynchronous)
+    return resource(record, name=name, saves=True, init=_Nothing())
+
+
+def score(state: TrainState, metric: str) -> float | None:
+    """A metric of the state as a number, None if it is not there or not finite."""
+    value = state.metrics.get(metric)
+    number = math.nan if value is None else float(value)
+    return number if math.isfinite(number) else None
+
+
+def refuse_later(root: Place, state: TrainState) -> None:
+    """Refuse a directory from which another state than this run's would be resumed; damaged ones are put aside."""
+    for path in candidates(root):
+        if step_of(path) <= state.step:
+            return
+        try:
+            check_files(path)
+        except SchemaError:
+            raise
+        except CheckpointError as error:
+            _log.warning("%s", error)
+            set_aside(path, "damaged")
+        else:
+            raise CheckpointError(
+                f"{path}: is of a later step than this run's start ({state.step}), and would be resumed instead of "
+                "what this run saves; start from ft.resume_or(state, directory), or give another directory"
+            )

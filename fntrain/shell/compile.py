@@ -26,9 +26,9 @@ from fntrain.batch import Batch
 from fntrain.check import whole
 from fntrain.lease import FIELDS
 from fntrain.rng import preserved_generators
-from fntrain.shell.files import fsync
 from fntrain.shell.flat import Rates, Unsettled, Untraceable, flatten, shapes
 from fntrain.shell.in_place import InPlace, check_step, in_place
+from fntrain.shell.tensor_file import fsync
 from fntrain.state import TrainState
 from fntrain.step import LR, SupervisedStep
 

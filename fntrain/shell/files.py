@@ -2,8 +2,8 @@
 
 `model.safetensors` has parameters and buffers under the module's own names, `train.safetensors` every other tensor by
 dotted path, `state.json` the rest: schema, structure, small values, and of every tensor its file, shape, dtype,
-strides if unusual, and crc32. The manifest and the headers of the other files have checksums of their own, so a
-flipped bit is found wherever it is. No pickle anywhere.
+strides if unusual, and crc32, one for each 16 MiB. The manifest and the headers of the other files have checksums of
+their own, so a flipped bit is found wherever it is. No pickle anywhere.
 """
 
 import json
@@ -11,130 +11,182 @@ import math
 import os
 import re
 import struct
-import zlib
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import islice
+from typing import Any, Literal
 
+import attrs
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fntrain import tree
 from fntrain.errors import CheckpointError
+from fntrain.shell.remote import Place
+from fntrain.shell.tensor_file import DTYPES, PART, Reader, Writer, crc32, crc32_parts, header, nbytes
+from fntrain.shell.upgrade import SCHEMA, upgraded
 from fntrain.state import SAVED, TrainState, saved_fields
 from fntrain.tree import PyTree
 
-SCHEMA = 1
+Verify = Literal["full", "structure"]
 MODEL, TRAIN, MANIFEST = "model.safetensors", "train.safetensors", "state.json"
-_SEALED = re.compile(rb'\{"crc32": (\d+), "manifest": (.*)\}', re.DOTALL)
+_SEALED = re.compile(rb'\{"crc32": (\d{1,10}), "manifest": (.*)\}', re.DOTALL)
+_FILE = re.compile(r"(model|train)[0-9a-z-]{0,40}\.safetensors")
+_SMALL = 1 << 16  # bytes: hashed at once, a thread would cost more
 
 
-def write_files(state: TrainState, directory: Path) -> None:
-    """Write a state's files into a directory and fsync them, the manifest last."""
-    fields = saved_fields(state)
-    tensors: dict[str, Tensor] = {}
-    try:
-        for leaf, value in tree.named_leaves(fields):
-            if isinstance(value, Tensor):
-                if leaf in tensors:
-                    raise CheckpointError(f"state.{leaf}: two tensors have this dotted path; rename one of the keys")
-                tensors[leaf] = value
-        _check_fields(fields)
-    except TypeError as error:
-        raise CheckpointError(f"state.{error}") from error
-    files: dict[str, dict[str, Tensor]] = {MODEL: {}, TRAIN: {}}
+@attrs.frozen(eq=False)
+class Contents:
+    """What is to be written of a state.
+
+    Args:
+      step: of the state.
+      structure: the saved fields as JSON, with the dotted path in place of a tensor.
+      entries: by dotted path, in the order of the files: what the manifest says of a tensor.
+      tensors: in the same order, wherever they lie.
+    """
+
+    step: int
+    structure: Any
+    entries: dict[str, dict[str, Any]]
+    tensors: list[Tensor]
+
+    @classmethod
+    def of(cls, state: TrainState) -> "Contents":
+        """Look at every leaf; raises CheckpointError for one that can't be saved. Copies and reads no tensor."""
+        fields = saved_fields(state)
+        tensors: dict[str, Tensor] = {}
+        try:
+            for leaf, value in tree.named_leaves(fields):
+                if isinstance(value, Tensor):
+                    if leaf in tensors:
+                        raise CheckpointError(
+                            f"state.{leaf}: two tensors have this dotted path; rename one of the keys"
+                        )
+                    tensors[leaf] = value
+            _check_fields(fields)
+        except TypeError as error:
+            raise CheckpointError(f"state.{error}") from error
+        found = {leaf: _entry(leaf, tensor) for leaf, tensor in tensors.items()}
+        # Large elements first: every tensor of a file is aligned, so other libraries can map it.
+        order = sorted(found, key=lambda leaf: (found[leaf]["file"] == TRAIN, -tensors[leaf].element_size()))
+        taken: set[tuple[str, str]] = set()
+        for leaf in order:
+            key = (found[leaf]["file"], found[leaf]["name"])
+            if key in taken or key[1] == "__metadata__":
+                raise CheckpointError(
+                    f"state.{leaf}: the name {key[1]!r} is taken by a parameter or the format; rename one"
+                )
+            taken.add(key)
+        entries = {leaf: found[leaf] for leaf in order}
+        return cls(state.step, _encode(fields, ""), entries, [tensors[leaf].detach() for leaf in order])
+
+
+def write_files(contents: Contents, tensors: Iterable[Tensor], place: Place, mark: str = "") -> None:
+    """Write the files of a checkpoint, each on the disk before the next is begun; the manifest last.
+
+    Args:
+      contents: of the state.
+      tensors: the values, in the order of `contents.tensors`; read one by one.
+      place: a directory that is there.
+      mark: put into the names of the files, where files of an earlier attempt must stay.
+    """
+    left = iter(zip(contents.entries, tensors, strict=True))
+    files: dict[str, dict[str, Any]] = {}
     entries: dict[str, dict[str, Any]] = {}
-    headers: dict[str, int] = {}
-    storages: set[int] = set()
-    for leaf, tensor in tensors.items():
-        file, name = _place(leaf)
-        _check_leaf(leaf, tensor)
-        stored = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        # A view of a larger storage, or storage seen before, would be refused or written whole.
-        if stored.untyped_storage().nbytes() != stored.nbytes or stored.data_ptr() in storages:
-            stored = stored.clone()
-        storages.add(stored.data_ptr())
-        if name in files[file] or name == "__metadata__":
-            raise CheckpointError(f"state.{leaf}: the name {name!r} is taken by a parameter or the format; rename one")
-        files[file][name] = stored
-        entries[leaf] = {"file": file, "name": name, "shape": list(tensor.shape), "dtype": _dtype(tensor.dtype)}
-        if (stride := torch.empty_like(tensor, device="meta").stride()) != stored.stride():
-            entries[leaf]["stride"] = list(stride)  # dense: gaps and overlaps of a view are not kept
-        if tensor.device.type != "cpu":
-            entries[leaf]["device"] = tensor.device.type
-        entries[leaf]["crc32"] = zlib.crc32(tree.to_bytes(stored))
-    for file, contents in files.items():
-        save_file(contents, directory / file, metadata={"format": "pt"})
-        headers[file] = _header_crc32(directory / file)
-        fsync(directory / file)
+    sums: dict[str, list[int] | Future[list[int]]] = {}
+    with ThreadPoolExecutor(1, thread_name_prefix="fntrain-crc32") as hasher:
+        for kind in (MODEL, TRAIN):
+            file = kind.replace(".", mark + ".", 1)
+            mine = {leaf: entry | {"file": file} for leaf, entry in contents.entries.items() if entry["file"] == kind}
+            head = header(
+                {entry["name"]: (entry["dtype"], entry["shape"]) for entry in mine.values()}, {"format": "pt"}
+            )
+            with Writer(place / file) as out:
+                out.write(head)
+                for leaf, tensor in islice(left, len(mine)):
+                    data = tree.to_bytes(tensor)
+                    small = data.nbytes < _SMALL
+                    sums[leaf] = crc32_parts(data) if small else hasher.submit(crc32_parts, data)
+                    out.write(data)
+            files[file] = {"header": len(head), "crc32": crc32(head), "bytes": out.written}
+            entries |= mine
+    for leaf, found in sums.items():
+        entries[leaf]["crc32"] = found.result() if isinstance(found, Future) else found
     manifest = {
         "format": "fntrain",
         "schema": SCHEMA,
         "versions": {"torch": torch.__version__},
-        "state": _encode(fields, ""),
-        "headers": headers,
+        "part": PART,
+        "state": contents.structure,
+        "files": files,
         "tensors": entries,
     }
-    text = json.dumps(manifest, allow_nan=False)
-    with (directory / MANIFEST).open("w", encoding="utf-8") as out:
-        out.write(f'{{"crc32": {zlib.crc32(text.encode())}, "manifest": {text}}}')
-    fsync(directory / MANIFEST)
-    fsync(directory)
+    text = json.dumps(manifest, allow_nan=False).encode()
+    with Writer(place / MANIFEST) as out:
+        out.write(b'{"crc32": %d, "manifest": %s}' % (crc32(text), text))
 
 
-def read_files(path: Path, device: torch.device | None = None) -> TrainState:
-    """Read one checkpoint and check every byte of it; raises CheckpointError, naming file and leaf.
+def read_files(
+    path: Place,
+    *,
+    verify: Verify = "full",
+    into: Mapping[str, Tensor] | None = None,
+    device: torch.device | None = None,
+) -> TrainState:
+    """Read one checkpoint and check it; raises CheckpointError, naming file and leaf.
 
-    With a device, tensors that were on one when saved go there; what was on the CPU (step counters, say) stays.
+    Args:
+      path: of the checkpoint.
+      verify: "full" checks every byte; "structure" all but the values of the tensors.
+      into: tensors by dotted path, written over where name, shape and dtype are right.
+      device: of the parameters: tensors that were on a device when saved go there; what was on the CPU stays.
     """
     manifest = _read_manifest(path)
-    tensors: dict[str, Tensor] = {}
-    for file in (MODEL, TRAIN):
-        listed = {leaf: entry for leaf, entry in manifest["tensors"].items() if entry["file"] == file}
-        tensors |= _read_tensors(path / file, listed, manifest["headers"].get(file), device)
-    try:
-        fields = _decode(manifest["state"], tensors)
-        _check_fields(fields)
-        return TrainState(**{name: fields[name] for name in SAVED})
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, struct.error) as error:
-        raise CheckpointError(f"{path / MANIFEST}: structure is damaged: {error!r}") from error
+    tensors = _read_tensors(path, manifest, manifest["tensors"], verify, into=into or {})
+    if device is not None and device.type != "cpu":
+        for leaf, entry in manifest["tensors"].items():
+            if "device" in entry:
+                tensors[leaf] = tensors[leaf].to(device)
+    return _decoded(path, manifest, tensors)
 
 
-def read_model(path: Path) -> dict[str, Tensor]:
+def check_files(path: Place, *, verify: Verify = "full") -> None:
+    """Raise CheckpointError unless one checkpoint is whole; takes no memory for its tensors."""
+    manifest = _read_manifest(path)
+    _decoded(path, manifest, _read_tensors(path, manifest, manifest["tensors"], verify, keep=False))
+
+
+def read_model(path: Place) -> dict[str, Tensor]:
     """Read parameters and buffers of one checkpoint by their names in the module, every byte of that file checked."""
     manifest = _read_manifest(path)
-    listed = {leaf: entry for leaf, entry in manifest["tensors"].items() if entry["file"] == MODEL}
-    tensors = _read_tensors(path / MODEL, listed, manifest["headers"].get(MODEL), None)
+    listed = {leaf: entry for leaf, entry in manifest["tensors"].items() if _place(leaf)[0] == MODEL}
+    tensors = _read_tensors(path, manifest, listed, "full")
     return {listed[leaf]["name"]: tensor for leaf, tensor in tensors.items()}
 
 
-def fsync(path: Path) -> None:
-    """Wait until a file or directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _entry(leaf: str, tensor: Tensor) -> dict[str, Any]:
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        kind = "meta" if tensor.is_meta else tensor.layout
+        raise CheckpointError(f"state.{leaf}: got a {kind} tensor, expected a plain dense one")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise CheckpointError(f"state.{leaf}: got {tensor.dtype}, which safetensors does not know; save real and imag")
+    file, name = _place(leaf)
+    entry = {"file": file, "name": name, "shape": list(tensor.shape), "dtype": dtype}
+    if not tensor.is_contiguous():
+        # Dense: gaps and overlaps of a view are not kept.
+        entry["stride"] = list(torch.empty_like(tensor, device="meta").stride())
+    if tensor.device.type != "cpu":
+        entry["device"] = tensor.device.type
+    return entry
 
 
 def _place(leaf: str) -> tuple[str, str]:
     """File of a leaf and its name there."""
     field, _, name = leaf.partition(".")
     return (MODEL, name) if field in ("params", "buffers") else (TRAIN, leaf)
-
-
-def _check_leaf(leaf: str, tensor: Tensor) -> None:
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-        kind = "meta" if tensor.is_meta else tensor.layout
-        raise CheckpointError(f"state.{leaf}: got a {kind} tensor, expected a plain dense one")
-    if tensor.dtype == torch.complex128:
-        raise CheckpointError(f"state.{leaf}: got {tensor.dtype}, which safetensors does not know; save real and imag")
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _encode(value: PyTree, path: str) -> Any:
@@ -163,6 +215,15 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> PyTree:
     return {"list": list, "tuple": tuple}[kind](_decode(item, tensors) for item in content)
 
 
+def _decoded(path: Place, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TrainState:
+    try:
+        fields = _decode(manifest["state"], tensors)
+        _check_fields(fields)
+        return TrainState(**{name: fields[name] for name in SAVED})
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, struct.error) as error:
+        raise CheckpointError(f"{path / MANIFEST}: structure is damaged: {error!r}") from error
+
+
 def _check_fields(fields: Any) -> None:
     for name in ("step", "position", "seed"):
         if type(fields[name]) is not int or (name != "seed" and fields[name] < 0):
@@ -176,17 +237,11 @@ def _check_fields(fields: Any) -> None:
             raise TypeError(f"opt_state[{key!r}]: is {type(entries).__name__}, expected a dict")
 
 
-def _header_crc32(file: Path) -> int:
-    """Checksum of a safetensors file's header; its tensors have their own."""
-    with file.open("rb") as opened:
-        return zlib.crc32(opened.read(int.from_bytes(opened.read(8), "little")))
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Place) -> dict[str, Any]:
     file = path / MANIFEST
     try:
         found = _SEALED.fullmatch(file.read_bytes())
-        if found is None or zlib.crc32(found[2]) != int(found[1]):
+        if found is None or crc32(found[2]) != int(found[1]):
             raise CheckpointError(f"{file}: is damaged (checksum differs), or not a manifest of fntrain")
         manifest = json.loads(found[2])
     except FileNotFoundError as error:
@@ -195,59 +250,166 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: can't be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != "fntrain":
         raise CheckpointError(f"{file}: not a manifest of fntrain")
-    if manifest.get("schema") != SCHEMA:
-        raise CheckpointError(f"{file}: schema is {manifest.get('schema')!r}, this version reads {SCHEMA}; upgrade")
-    fields = {"file": str, "name": str, "shape": list, "dtype": str, "crc32": int}
-    entries = manifest.get("tensors")
-    if (
-        not isinstance(manifest.get("headers"), dict)
-        or not isinstance(entries, dict)
-        or not all(
-            isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in fields.items())
-            for entry in entries.values()
-        )
-    ):
-        raise CheckpointError(f"{file}: its list of tensors is damaged")
+    try:
+        manifest = upgraded(manifest, path)
+        _check_manifest(manifest)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"{file}: its list of tensors is damaged: {error!r}") from error
     return manifest
 
 
+def _check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the lists of files and tensors are possible: nothing read later can go beyond them."""
+    part, files, entries = manifest["part"], manifest["files"], manifest["tensors"]
+    ends = {}
+    for name, about in files.items():
+        fine = _FILE.fullmatch(name) and _whole(about["header"], about["crc32"], about["bytes"])
+        if not fine or about["header"] > about["bytes"]:
+            raise ValueError(f"file {name!r}: {about!r}")
+        ends[name] = about["header"]
+    if not _whole(part) or not part:
+        raise ValueError(f"part: {part!r}")
+    for leaf, entry in entries.items():
+        shape, sums = entry["shape"], entry["crc32"]
+        if type(shape) is not list or len(shape) > 64 or not _whole(*shape) or type(entry["name"]) is not str:
+            raise ValueError(f"{leaf!r}: {entry!r}")
+        size = nbytes(entry["dtype"], shape)
+        if type(sums) is not list or not _whole(*sums) or len(sums) != max(1, -(-size // part)):
+            raise ValueError(f"{leaf!r}: {entry!r}")
+        ends[entry["file"]] += size
+    for name, about in files.items():
+        if ends[name] != about["bytes"]:
+            raise ValueError(f"file {name!r}: its tensors end at {ends[name]}, not at {about['bytes']}")
+
+
+def _whole(*numbers: Any) -> bool:
+    return all(type(number) is int and number >= 0 for number in numbers)
+
+
+@attrs.frozen(eq=False)
+class _Part:
+    """Bytes of a tensor under one checksum."""
+
+    leaf: str
+    reader: Reader
+    start: int
+    length: int
+    crc32: int
+    view: memoryview | None  # where to put them; None: nowhere, they are only checked
+
+    def problem(self, verify: Verify) -> CheckpointError | None:
+        """Read them in pieces, each checked while it is in the processor's cache; returns what is wrong."""
+        found, scratch = 0, bytearray(min(self.reader.piece, self.length) if self.view is None else 0)
+        for at in range(0, self.length, self.reader.piece):
+            count = min(self.reader.piece, self.length - at)
+            piece = memoryview(scratch)[:count] if self.view is None else self.view[at : at + count]
+            self.reader.read_into(self.start + at, piece)
+            if verify == "full":
+                found = crc32(piece, found)
+        if verify == "full" and found != self.crc32:
+            return CheckpointError(f"{self.reader.path}: {self.leaf} is damaged (checksum differs)")
+        return None
+
+
 def _read_tensors(
-    file: Path, entries: Mapping[str, Mapping[str, Any]], header: Any, device: torch.device | None
+    path: Place,
+    manifest: Mapping[str, Any],
+    listed: Mapping[str, Mapping[str, Any]],
+    verify: Verify,
+    *,
+    into: Mapping[str, Tensor] | None = None,
+    keep: bool = True,
 ) -> dict[str, Tensor]:
-    """Read the listed tensors of one file, and check names, shapes, dtypes and checksums."""
+    """Read the listed tensors, on several threads; without `keep` check them only, and return them without values."""
+    if verify not in ("full", "structure"):
+        raise ValueError(f'verify: got {verify!r}, expected "full" or "structure"')
+    tensors: dict[str, Tensor] = {}
+    parts: list[_Part] = []
+    into = into or {}
     try:
-        with safe_open(file, framework="pt") as opened:
-            if _header_crc32(file) != header:
-                raise CheckpointError(f"{file}: header is damaged (checksum differs)")
-            names = set(opened.keys())
-            expected = {entry["name"] for entry in entries.values()}
-            if names != expected:
-                raise CheckpointError(f"{file}: names differ from the manifest: {sorted(names ^ expected)}")
-            found = {}
-            for leaf, entry in entries.items():
-                tensor = _verified(file, leaf, opened.get_tensor(entry["name"]), entry)
-                found[leaf] = tensor.to(device) if device is not None and "device" in entry else tensor
-            return found
+        with ExitStack() as stack:
+            everything = listed is manifest["tensors"]
+            files = manifest["files"] if everything else {entry["file"] for entry in listed.values()}
+            readers = {file: stack.enter_context(Reader(path / file)) for file in files}
+            ends = {file: _check_head(readers[file], manifest["files"][file]) for file in files}
+            for leaf, entry in manifest["tensors"].items():
+                if entry["file"] not in ends:
+                    continue
+                start, length = ends[entry["file"]], nbytes(entry["dtype"], entry["shape"])
+                ends[entry["file"]] += length
+                if leaf in listed:
+                    tensors[leaf] = tensor = _empty(entry, into.get(leaf), keep)
+                    view = tree.to_bytes(tensor) if keep else None
+                    for index, crc in enumerate(entry["crc32"]):
+                        at = index * manifest["part"]
+                        count = min(manifest["part"], length - at)
+                        part = view if view is None else view[at : at + count]
+                        parts.append(_Part(leaf, readers[entry["file"]], start + at, count, crc, part))
+            if keep or verify == "full":
+                _read_all(parts, verify)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{file}: no such file") from error
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: can't be read: {error}") from error
+        raise CheckpointError(f"{error.filename}: no such file") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error}") from error
+    return {leaf: _laid_out(path, leaf, listed[leaf], tensor, into.get(leaf)) for leaf, tensor in tensors.items()}
 
 
-def _verified(file: Path, leaf: str, tensor: Tensor, entry: Mapping[str, Any]) -> Tensor:
-    got = (list(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-    if got != (entry["shape"], entry["dtype"]):
-        raise CheckpointError(f"{file}: {leaf} is {got}, the manifest says {(entry['shape'], entry['dtype'])}")
-    if zlib.crc32(tree.to_bytes(tensor)) != entry["crc32"]:
-        raise CheckpointError(f"{file}: {leaf} is damaged (checksum differs)")
+def _check_head(reader: Reader, about: Mapping[str, int]) -> int:
+    """Check length and header of a file; returns where its tensors begin."""
+    if reader.bytes != about["bytes"]:
+        raise CheckpointError(
+            f"{reader.path}: has {reader.bytes} bytes, expected {about['bytes']}: truncated or mixed up"
+        )
+    head = bytearray(about["header"])
+    reader.read_into(0, memoryview(head))
+    if crc32(head) != about["crc32"]:
+        raise CheckpointError(f"{reader.path}: header is damaged (checksum differs)")
+    return about["header"]
+
+
+def _empty(entry: Mapping[str, Any], given: Tensor | None, keep: bool) -> Tensor:
+    """The tensor to read to, contiguous on the CPU: the one given, if it is of that kind."""
+    shape, dtype = entry["shape"], DTYPES[entry["dtype"]][0]
+    if given is not None and (list(given.shape), given.dtype, given.device.type) == (shape, dtype, "cpu"):
+        given = given.detach()
+        if given.is_contiguous() and not given.is_conj() and not given.is_neg():
+            return given
+    return torch.empty(shape, dtype=dtype, device="cpu" if keep else "meta")
+
+
+def _read_all(parts: list[_Part], verify: Verify) -> None:
+    """Read all parts, small ones together; raises the first problem."""
+    groups: list[list[_Part]] = []
+    filled = PART
+    for part in parts:
+        if filled >= PART:
+            groups.append([])
+            filled = 0
+        groups[-1].append(part)
+        filled += part.length
+    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0))), thread_name_prefix="fntrain-read") as pool:
+        read = [pool.submit(lambda group: [part.problem(verify) for part in group], group) for group in groups]
+        try:
+            for problem in (problem for group in read for problem in group.result()):
+                if problem is not None:
+                    raise problem
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _laid_out(path: Place, leaf: str, entry: Mapping[str, Any], tensor: Tensor, given: Tensor | None) -> Tensor:
+    """The tensor in the memory given for it, if it has its shape and dtype; otherwise with the strides it had."""
+    if given is not None and (given.shape, given.dtype) == (tensor.shape, tensor.dtype):
+        with torch.no_grad():
+            return given if given.data_ptr() == tensor.data_ptr() else given.copy_(tensor)
     if "stride" not in entry:
-        return tensor.clone()  # not a view of the mapped file
+        return tensor
     stride = entry["stride"]
     try:
         # Only dense strides are written: empty_like of the meta tensor is the same tensor again.
         dense = torch.empty_like(torch.empty_strided(tensor.shape, stride, device="meta")).stride()
-    except (TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{file}: {leaf}: damaged stride {stride!r} in the manifest") from error
-    if list(dense) != stride:
-        raise CheckpointError(f"{file}: {leaf}: damaged stride {stride!r} in the manifest")
-    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
+        if list(dense) != stride:
+            raise ValueError("not dense")
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path / entry['file']}: {leaf}: damaged stride {stride!r} in the manifest") from error
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

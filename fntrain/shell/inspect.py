@@ -6,7 +6,6 @@
 import math
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import attrs
 import torch
@@ -14,8 +13,10 @@ from torch import Tensor
 
 from fntrain import tree
 from fntrain.errors import CheckpointError
-from fntrain.shell.checkpoint import checkpoints, latest, load
-from fntrain.shell.files import MANIFEST
+from fntrain.shell.checkpoint import latest, load
+from fntrain.shell.directory import candidates
+from fntrain.shell.files import MANIFEST, check_files
+from fntrain.shell.remote import Place, place
 from fntrain.shell.weights import read_weights
 from fntrain.state import named_leaves
 from fntrain.tree import Leaf
@@ -72,7 +73,7 @@ class LeafDifference:
 class Verdict:
     """Whether a checkpoint is whole; `problem` is None if every byte of it is as it was written."""
 
-    path: Path
+    path: Place
     problem: str | None = None
 
 
@@ -127,35 +128,35 @@ def verify(directory: str | os.PathLike[str]) -> tuple[Verdict, ...]:
       ...     [verdict.problem for verdict in verify(directory)]
       [None]
     """
-    root = Path(directory)
-    found = [root] if _is_checkpoint(root) else checkpoints(root)
+    root = place(directory)
+    found = [root] if _is_checkpoint(root) else [path for path in candidates(root) if (path / MANIFEST).is_file()]
     if not found:
         raise CheckpointError(f"{root}: " + ("holds no checkpoints" if root.is_dir() else "no such directory"))
     return tuple(Verdict(path=path, problem=_problem(path)) for path in found)
 
 
-def source(path: str | os.PathLike[str]) -> Path:
+def source(path: str | os.PathLike[str]) -> Place:
     """Return what a path stands for: the newest checkpoint of a directory of them, anything else as it is.
 
     Example:
       >>> source("model.safetensors").name
       'model.safetensors'
     """
-    path = Path(path)
-    return path if _is_checkpoint(path) else latest(path) or path
+    found = place(path)
+    return found if _is_checkpoint(found) else latest(found) or found
 
 
-def _is_checkpoint(path: Path) -> bool:
+def _is_checkpoint(path: Place) -> bool:
     return (path / MANIFEST).exists()
 
 
-def _leaves(path: Path) -> dict[str, Leaf]:
+def _leaves(path: Place) -> dict[str, Leaf]:
     return dict(named_leaves(load(path))) if _is_checkpoint(path) else dict(read_weights(path))
 
 
-def _problem(path: Path) -> str | None:
+def _problem(path: Place) -> str | None:
     try:
-        load(path)
+        check_files(path)
     except CheckpointError as error:
         return str(error)
     return None

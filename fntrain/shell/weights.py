@@ -18,7 +18,9 @@ from torch import Tensor
 
 from fntrain.errors import CheckpointError
 from fntrain.shell.checkpoint import checkpoints
-from fntrain.shell.files import MANIFEST, fsync, read_model
+from fntrain.shell.files import MANIFEST, read_model
+from fntrain.shell.remote import RemotePath, place
+from fntrain.shell.tensor_file import fsync
 
 _INDEX = ".safetensors.index.json"
 _MADE_BY_TORCH = (b"PK\x03\x04", b"\x80\x02")  # torch.save: a zip file, a bare pickle before torch 1.6
@@ -38,11 +40,12 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
       Traceback (most recent call last):
       fntrain.errors.CheckpointError: no/such.safetensors: no such file
     """
-    path = Path(path)
-    if path.is_dir():
-        if (path / MANIFEST).exists():
-            return read_model(path)
-        path = _only(path)
+    given = place(path)
+    if (given / MANIFEST).exists():
+        return read_model(given)
+    if isinstance(given, RemotePath):
+        raise CheckpointError(f"{given}: is no checkpoint; copy a safetensors file to a local path, and read it there")
+    path = _only(given) if given.is_dir() else given
     if not path.name.endswith(_INDEX):
         return _read_file(path)
     shards = _shards(path)

@@ -1,0 +1,283 @@
+"""A directory of checkpoints: who may write there, what is in view, how one comes into view and goes out of it.
+
+On a local file system a checkpoint is written aside and renamed into view. On an object store there is no renaming:
+what is in view is what has a manifest, and that is written last. A lock, which dies with the process that holds it,
+keeps a second process from writing to a local directory; object stores have none.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import attrs
+from torch import Tensor
+
+from fntrain.errors import CheckpointError
+from fntrain.shell.files import MANIFEST, Contents, check_files, write_files
+from fntrain.shell.remote import Place, RemotePath
+from fntrain.shell.tensor_file import fsync
+
+_NAME = re.compile(r"step_(\d{8,19})(\.old)?")
+_LOCK = ".lock"
+_log = logging.getLogger("fntrain")
+
+
+def name_of(step: int) -> str:
+    """Return the name of a step's checkpoint.
+
+    Example:
+      >>> name_of(500)
+      'step_00000500'
+    """
+    return f"step_{step:08d}"
+
+
+def step_of(path: Place) -> int:
+    """Return the step in a checkpoint's name.
+
+    Example:
+      >>> step_of(Path("runs/step_00000500"))
+      500
+    """
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"path: got {path.name!r}, expected step_ and at least 8 digits")
+    return int(match[1])
+
+
+def candidates(root: Place) -> list[Place]:
+    """List what may be a checkpoint, newest step first; `step_X.old`, left by a kill between two renames, after step_X.
+
+    Example:
+      >>> candidates(Path("no/such/directory"))
+      []
+    """
+    if not root.is_dir():
+        return []
+    found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: (-step_of(path), path.name))
+
+
+def complete(root: Place) -> list[Place]:
+    """List the checkpoints in view, newest first: those with a manifest, one for each step.
+
+    Example:
+      >>> complete(Path("no/such/directory"))
+      []
+    """
+    steps: dict[int, Place] = {}
+    for path in candidates(root):
+        if (path / MANIFEST).is_file():
+            steps.setdefault(step_of(path), path)
+    return list(steps.values())
+
+
+@attrs.define(eq=False)
+class _Lock:
+    descriptor: int
+    users: int = 0
+    alone: bool = False
+
+
+_held: dict[str, _Lock] = {}  # by real path: what this process holds
+_guard = threading.Lock()
+
+
+@contextmanager
+def writing(root: Place, *, alone: bool = False) -> Iterator[None]:
+    """Hold a directory against writers in other processes; made if it is not there.
+
+    Args:
+      root: the directory; on an object store nothing is held.
+      alone: against a second one with `alone` in this process, too.
+    Raises:
+      CheckpointError: it is held by another, was removed while it was held, or can't be written to.
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as directory, writing(Path(directory)):
+      ...     pass
+    """
+    if isinstance(root, RemotePath):
+        yield
+        return
+    path = os.path.realpath(root)
+    with _guard:
+        lock = _held.get(path)
+        if lock is None:
+            lock = _held[path] = _Lock(_locked(root))
+        elif not _is_there(root, lock):
+            raise CheckpointError(f"{root}: was removed or replaced while this run was writing its checkpoints there")
+        elif alone and lock.alone:
+            raise CheckpointError(f"{root}: two hooks of this run save there; give each a directory of its own")
+        lock.users += 1
+        lock.alone |= alone
+    try:
+        yield
+    finally:
+        with _guard:
+            lock.users -= 1
+            lock.alone &= not alone
+            if not lock.users and _held.get(path) is lock:
+                del _held[path]
+                os.close(lock.descriptor)
+
+
+def _locked(root: Path) -> int:
+    """Open and lock the file of the lock; returns its descriptor."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise CheckpointError(f"{root}: can't be written to: {error}; give another directory") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+    except OSError as error:
+        holder = os.pread(descriptor, 1000, 0).decode(errors="replace")
+        os.close(descriptor)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise CheckpointError(
+                f"{root}: another process writes its checkpoints there ({holder}); end it, or give another directory"
+            ) from error
+        raise CheckpointError(f"{root}: can't be locked: {error}; give another directory") from error
+    return descriptor
+
+
+def _is_there(root: Path, lock: _Lock) -> bool:
+    try:
+        return os.path.samestat((root / _LOCK).stat(), os.fstat(lock.descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _forget() -> None:
+    """In a forked child: a lock must die with the process that took it, not with its data workers."""
+    global _guard
+    for lock in _held.values():
+        os.close(lock.descriptor)
+    _held.clear()
+    _guard = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def commit(root: Place, contents: Contents, tensors: Iterable[Tensor]) -> Place:
+    """Write a checkpoint and bring it into view once all of it is on the disk; returns its path.
+
+    Raises:
+      CheckpointError: it could not be written; what was in view still is.
+    """
+    target = root / name_of(contents.step)
+    try:
+        with writing(root):
+            if isinstance(target, RemotePath):
+                _upload(target, contents, tensors)
+            else:
+                _write_aside(target, contents, tensors)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target}: could not be written: {error}; earlier checkpoints are as they were"
+        ) from error
+    return target
+
+
+def _write_aside(target: Path, contents: Contents, tensors: Iterable[Tensor]) -> None:
+    partial = target.with_name(f".partial-{target.name}-{uuid.uuid4().hex[:8]}")
+    old = target.with_name(target.name + ".old")
+    try:
+        partial.mkdir()
+        write_files(contents, tensors, partial)
+        fsync(partial)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)  # still found, as step_X.old, should the process end here
+        partial.rename(target)
+        fsync(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gone already if it was published
+
+
+def _upload(target: RemotePath, contents: Contents, tensors: Iterable[Tensor]) -> None:
+    """Write the files, the manifest last; files of a former checkpoint of this step keep their names until then."""
+    former = list(target.iterdir()) if target.is_dir() else []
+    write_files(contents, tensors, target, mark=f"-{uuid.uuid4().hex[:8]}" if former else "")
+    for path in former:
+        if path.name != MANIFEST:
+            path.remove()
+
+
+def remove(path: Place) -> None:
+    """Take a checkpoint out of view at once, then delete it, with what a kill may have left of a former one."""
+    if isinstance(path, RemotePath):
+        if (path / MANIFEST).exists():
+            (path / MANIFEST).remove()
+        path.remove()
+        return
+    for one in (path.with_name(name_of(step_of(path)) + ".old"), path):
+        if one.exists():
+            doomed = path.with_name(f".partial-deleted-{uuid.uuid4().hex[:8]}")
+            one.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def retain(root: Place, newest: int, keep: Callable[[list[int]], Collection[int]]) -> None:
+    """Delete the checkpoints that are not to be kept; the newest, which is whole, always is.
+
+    Args:
+      root: the directory.
+      newest: the step just saved; what is later is of a branch that the run has left by a roll-back.
+      keep: the steps to keep of those given, newest first.
+    """
+    with writing(root):
+        found = complete(root)
+        steps = [step_of(path) for path in found if step_of(path) <= newest]
+        kept = {newest, *keep(steps)}.intersection(steps)
+        for path in found:
+            if step_of(path) not in kept:
+                remove(path)
+
+
+def clean(root: Place) -> None:
+    """Remove what dead writers left, and put back what they had moved; only while the directory is held."""
+    if isinstance(root, RemotePath):
+        for path in candidates(root):
+            if isinstance(path, RemotePath) and not any(one.name.endswith(MANIFEST) for one in path.iterdir()):
+                path.remove()
+        return
+    for leftover in root.glob(".partial-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for old in (path for path in candidates(root) if path.name.endswith(".old")):
+        assert isinstance(old, Path)
+        published = old.with_name(old.name.removesuffix(".old"))
+        try:
+            check_files(published)
+        except CheckpointError:
+            if published.exists():
+                set_aside(published, "damaged")
+            old.rename(published)
+        else:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def set_aside(path: Place, why: str) -> None:
+    """Put a checkpoint out of view without deleting it, and say so; `why` becomes part of its name."""
+    if isinstance(path, RemotePath):
+        aside: Place = path / f"{why}-{MANIFEST}"
+        aside.write_bytes((path / MANIFEST).read_bytes())
+        (path / MANIFEST).remove()
+    else:
+        aside = path.rename(path.with_name(f"{why}_{path.name}-{uuid.uuid4().hex[:8]}"))
+    _log.warning("put a %s checkpoint aside as %s", why, aside)

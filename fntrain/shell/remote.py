@@ -1,0 +1,110 @@
+"""Paths on other file systems (s3://, gs://, memory:// ...), with the little of pathlib that checkpoints need.
+
+fsspec, which torch brings, does the work; what it needs for a protocol (s3fs, gcsfs) is for the user to install.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import attrs
+
+
+@attrs.frozen
+class RemotePath:
+    """A path of fsspec; prints as its URL.
+
+    Example:
+      >>> path = RemotePath.of("memory://runs/a")
+      >>> path / "b", (path / "b").name, path.exists()
+      (RemotePath('memory://runs/a/b'), 'b', False)
+    """
+
+    fs: Any = attrs.field(eq=False)
+    url: str
+
+    @classmethod
+    def of(cls, url: str) -> "RemotePath":
+        """Make one from a URL; raises ImportError, naming the package, if the protocol needs one that is missing."""
+        import fsspec  # 40 ms, and only for those who use it
+
+        fs, path = fsspec.core.url_to_fs(url)
+        return cls(fs, fs.unstrip_protocol(path).rstrip("/"))
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+    @property
+    def parent(self) -> "RemotePath":
+        return RemotePath(self.fs, self.url.rpartition("/")[0])
+
+    def __truediv__(self, name: str) -> "RemotePath":
+        return RemotePath(self.fs, f"{self.url}/{name}")
+
+    def __fspath__(self) -> str:
+        return self.url
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __repr__(self) -> str:
+        return f"RemotePath({self.url!r})"
+
+    def exists(self) -> bool:
+        self.fs.invalidate_cache()  # another process may have written since
+        return bool(self.fs.exists(self.url))
+
+    def is_file(self) -> bool:
+        self.fs.invalidate_cache()
+        return bool(self.fs.isfile(self.url))
+
+    def is_dir(self) -> bool:
+        self.fs.invalidate_cache()
+        return bool(self.fs.isdir(self.url))
+
+    def iterdir(self) -> Iterator["RemotePath"]:
+        self.fs.invalidate_cache()
+        for path in self.fs.ls(self.url, detail=False):
+            yield self / path.rstrip("/").rpartition("/")[2]
+
+    def read_bytes(self) -> bytes:
+        return bytes(self.fs.cat_file(self.url))
+
+    def write_bytes(self, data: bytes) -> None:
+        """Write a whole file at once: on an object store it is there complete, or not at all."""
+        self.fs.pipe_file(self.url, data)
+
+    def create(self) -> BinaryIO:
+        """Open the file for writing; on an object store it is there once it is closed."""
+        return self.fs.open(self.url, "wb")  # type: ignore[no-any-return]
+
+    def size(self) -> int:
+        return int(self.fs.size(self.url))
+
+    def read_into(self, start: int, view: memoryview) -> int:
+        """Read from `start` on to fill the view; returns the number of bytes that were there."""
+        data = self.fs.cat_file(self.url, start=start, end=start + len(view))
+        view[: len(data)] = data
+        return len(data)
+
+    def remove(self) -> None:
+        """Remove a file, or a directory and all in it."""
+        self.fs.rm(self.url, recursive=True)
+
+
+Place = Path | RemotePath
+
+
+def place(path: str | os.PathLike[str]) -> Place:
+    """Return the path of a directory or file, on the local file system or another.
+
+    Example:
+      >>> place("runs/a"), place("memory://runs/a")
+      (PosixPath('runs/a'), RemotePath('memory://runs/a'))
+    """
+    if isinstance(path, RemotePath):
+        return path
+    text = os.fspath(path)
+    return RemotePath.of(text) if "://" in text else Path(text)

@@ -1,0 +1,143 @@
+"""Saving in the background: the training thread pays for a copy into host memory, a thread for the disk."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fntrain.shell.directory import clean, commit, writing
+from fntrain.shell.files import Contents
+from fntrain.shell.remote import Place
+from fntrain.state import TrainState
+
+_log = logging.getLogger("fntrain")
+_open: set["Saver"] = set()
+
+
+class Saver:
+    """Saves states to one directory, which it holds while it is open; one save at a time.
+
+    Args:
+      root: the directory.
+      asynchronous: save in a thread. At most one save is under way: the next waits for it. What goes wrong there is
+        raised by the next call of `save`, `check` or `wait`.
+    """
+
+    def __init__(self, root: Place, *, asynchronous: bool = True) -> None:
+        self.root = root
+        self.buffers = HostBuffers() if asynchronous else None
+        self.pending: Future[None] | None = None
+        self.stack = ExitStack()
+
+    def __enter__(self) -> "Saver":
+        with self.stack:
+            self.stack.enter_context(writing(self.root, alone=True))
+            clean(self.root)
+            self.thread = ThreadPoolExecutor(1, thread_name_prefix="fntrain-checkpoint")  # starts with the first save
+            self.stack = self.stack.pop_all()
+        _open.add(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _open.discard(self)
+        with self.stack:
+            self.thread.shutdown()
+            self.wait()
+
+    def save(self, state: TrainState, then: Callable[[], None]) -> None:
+        """Save a state; `then` is called after the commit, by the same thread."""
+        begin = time.perf_counter()
+        self.wait()
+        contents = Contents.of(state)
+        if self.buffers is None:
+            self._commit(contents, contents.tensors, then)
+        else:
+            tensors, copied = self.buffers.copy(contents.tensors)
+            contents.tensors.clear()  # a state of the pure step would live until it is on the disk
+            earlier = [saver.pending for saver in _open if saver is not self and saver.pending is not None]
+            self.pending = self.thread.submit(self._commit, contents, tensors, then, copied, earlier)
+            _log.debug("step %s: copied in %.3f s", state.step, time.perf_counter() - begin)
+
+    def check(self) -> None:
+        """Raise what went wrong with a save that has ended."""
+        if self.pending is not None and self.pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save that is under way; raises what went wrong."""
+        pending = self.pending
+        if pending is not None:
+            error = pending.exception()  # Ctrl-C while waiting leaves it pending
+            self.pending = None
+            if error is not None:
+                raise error
+
+    def _commit(
+        self,
+        contents: Contents,
+        tensors: list[Tensor],
+        then: Callable[[], None],
+        copied: Sequence[Any] = (),
+        earlier: Sequence[Future[None]] = (),
+    ) -> None:
+        begin = time.perf_counter()
+        for event in copied:
+            event.synchronize()
+        for save in earlier:
+            save.exception()  # what this state remembers of other hooks' saves must be on the disk before it
+        path = commit(self.root, contents, tensors)
+        _log.info("saved %s in %.3f s", path, time.perf_counter() - begin)
+        then()
+
+
+class HostBuffers:
+    """Host memory for one copy of a state, made once: fresh memory costs four times the copy in page faults."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.kinds: list[Any] = []
+        self.views: list[Tensor] = []
+
+    def copy(self, tensors: list[Tensor]) -> tuple[list[Tensor], list[Any]]:
+        """Copy tensors; returns the copies, and events to wait for until they are there.
+
+        The copies are written over by the next call. From a CUDA device they are made in the order of its stream, so
+        what writes to the tensors after this call need not wait; from elsewhere they are there at once.
+        """
+        kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+        if kinds != self.kinds:
+            self._lay_out(tensors)
+            self.kinds = kinds
+        devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
+        with torch.no_grad():
+            if devices and len({tensor.device.type for tensor in tensors}) == 1:
+                torch._foreach_copy_(self.views, tensors, non_blocking=True)
+            elif tensors:
+                for view, tensor in zip(self.views, tensors, strict=True):
+                    view.copy_(tensor, non_blocking=tensor.device.type == "cuda")
+        events = []
+        for device in devices:
+            event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(device))
+            events.append(event)
+        return self.views, events
+
+    def _lay_out(self, tensors: list[Tensor]) -> None:
+        starts, end = [], 0
+        for tensor in tensors:
+            starts.append(end)
+            end += -(-tensor.numel() * tensor.element_size() // 64) * 64
+        pinned = any(tensor.device.type == "cuda" for tensor in tensors)
+        if end > self.memory.numel() or pinned != self.memory.is_pinned():
+            self.views = []
+            self.memory = torch.empty(0, dtype=torch.uint8)  # the old before the new
+            self.memory = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
+        self.views = [
+            self.memory[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+            for start, tensor in zip(starts, tensors, strict=True)
+        ]

@@ -278,6 +278,11 @@ def _check_order(singles: list[Gated]) -> None:
         raise ValueError(f"hooks: two hooks are named {', '.join(twice)}; give each a name of its own (name=...)")
     saver = writer = None
     for hook in (single.hook for single in singles):
+        if saver is not None and hook.init is not None and hook.saves:
+            raise ValueError(
+                f"hooks: {saver!r} and {hook.name!r} save and {hook.name!r} remembers what it saved, which the other "
+                "would save one step old; keep what you want of several metrics by keep_best of one hooks.checkpoint"
+            )
         if saver is not None and hook.init is not None:
             raise ValueError(
                 f"hooks: {hook.name!r} has memory and is listed after {saver!r}, which would save that memory "

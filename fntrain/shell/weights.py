@@ -76,6 +76,8 @@ def write_weights(
       {'w': tensor([1., 1.])}
     """
     path = Path(path)
+    if (path.parent / MANIFEST).exists():
+        raise CheckpointError(f"{path}: {path.parent} is a checkpoint, whose files belong together; give another path")
     stored: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():

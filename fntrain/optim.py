@@ -18,11 +18,13 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from fntrain import tree
 from fntrain.grads import check_dense, own_layout
+from fntrain.state import TrainState
 from fntrain.tree import PyTree
 
 OptState = Mapping[str, Mapping[str, PyTree]]
 Select = str | Callable[[str, Tensor], bool]
 MASTER = "master_weight"  # the float32 copy of a parameter, beside what the optimizer keeps for it
+LR_SCALE = "lr_scale"  # key of `state.extra`: a number that learning rates are multiplied by
 _GROUP_PREFIX = "group."  # marks what an optimizer keeps per group, stored with the group's first parameter
 
 
@@ -237,11 +239,13 @@ class BoundOptimizer:
         opt_state: Mapping[str, dict[str, PyTree]],
         step: int,
         found_inf: Tensor | None = None,
+        lr_scale: float = 1.0,
     ) -> dict[str, Mapping[str, PyTree]]:
         """Run the class's step in place on leaves with a `.grad` and on the tensors of `opt_state`.
 
         A shallow copy of the template holds the tensors for this one call (3 us; building one costs 6 or more).
-        `found_inf`, a float tensor, makes a fused class leave everything as it was where it is 1.
+        `found_inf`, a float tensor, makes a fused class leave everything as it was where it is 1. Learning rates are
+        multiplied by `lr_scale`.
 
         Returns:
           the new optimizer state, made of the tensors given and those the class created.
@@ -249,8 +253,8 @@ class BoundOptimizer:
         if self.master_weights and (
             low := [n for n, leaf in leaves.items() if _is_low(leaf) and leaf.grad is not None]
         ):
-            return self._apply_to_masters(low, leaves, opt_state, step, found_inf)
-        lent = self._lend(leaves, opt_state, step)
+            return self._apply_to_masters(low, leaves, opt_state, step, found_inf, lr_scale)
+        lent = self._lend(leaves, opt_state, step, lr_scale)
         if found_inf is not None:
             lent.found_inf = found_inf  # type: ignore[attr-defined]
         before = [dict(group) for group in lent.param_groups]
@@ -292,6 +296,7 @@ class BoundOptimizer:
         opt_state: Mapping[str, dict[str, PyTree]],
         step: int,
         found_inf: Tensor | None,
+        lr_scale: float,
     ) -> dict[str, Mapping[str, PyTree]]:
         """Update float32 copies of the parameters in half precision, and round the result into them."""
         masters = {}
@@ -301,7 +306,7 @@ class BoundOptimizer:
             masters[name].grad = None if leaves[name].grad is None else leaves[name].grad.float()  # type: ignore[union-attr]
         own = {name: {k: v for k, v in kept.items() if k != MASTER} for name, kept in opt_state.items()}
         rest = attrs.evolve(self, master_weights=False)
-        after = rest.apply_({**leaves, **masters}, own, step, found_inf)
+        after = rest.apply_({**leaves, **masters}, own, step, found_inf, lr_scale)
         self.seen.extend(rest.seen)
         for master in masters.values():
             master.grad = None
@@ -311,7 +316,7 @@ class BoundOptimizer:
         return {**after, **{n: {**after.get(n, {}), MASTER: master} for n, master in {**idle, **masters}.items()}}
 
     def _lend(
-        self, leaves: Mapping[str, Tensor], opt_state: Mapping[str, dict[str, PyTree]], step: int
+        self, leaves: Mapping[str, Tensor], opt_state: Mapping[str, dict[str, PyTree]], step: int, lr_scale: float
     ) -> torch.optim.Optimizer:
         """A shallow copy of the template that holds these tensors, schedules evaluated, memory of groups put back."""
         lent = object.__new__(type(self.template))
@@ -322,6 +327,8 @@ class BoundOptimizer:
             mine = {**group, "params": [leaves[name] for name in names]}
             for key, fn in hyper.items():
                 mine[key] = fn(step)
+            if lr_scale != 1.0:
+                mine["lr"] = mine["lr"] * lr_scale
             for key in self.tensors:  # the template's own, and a schedule's, must not be written to
                 mine[key] = tree.map_tensors(torch.clone, mine[key])
             for name in names:
@@ -355,6 +362,16 @@ class BoundOptimizer:
                 memory = {_GROUP_PREFIX + key: group[key] for key in kept}
                 after[names[0]] = {**after.get(names[0], {}), **memory}
         return after
+
+
+def lr_scale(state: TrainState) -> float:
+    """Return the number that a state multiplies learning rates by, `extra["lr_scale"]`; 1.0 where it has none.
+
+    Example:
+      >>> lr_scale(ft.TrainState(step=0, position=0, seed=0, params={}, extra={"lr_scale": 0.1}))
+      0.1
+    """
+    return state.extra.get(LR_SCALE, 1.0)  # type: ignore[no-any-return]
 
 
 def _is_low(tensor: Tensor) -> bool:

@@ -24,7 +24,7 @@ from fntrain.errors import NonFiniteError
 from fntrain.events import Collector, MetricName
 from fntrain.loss import Loss, Objective, Weighted, WeightsFn, objective
 from fntrain.module import Slots
-from fntrain.optim import BoundOptimizer, Optimizer
+from fntrain.optim import BoundOptimizer, Optimizer, lr_scale
 from fntrain.precision import LOSS_SCALE, PRECISIONS, Precision, autocast, loss_scale, next_loss_scale, tf32, unscale_
 from fntrain.rng import other_states, seed_generators
 from fntrain.state import TrainState
@@ -124,7 +124,9 @@ class SupervisedStep:
             work = self.work(state, batch)
             if work.healthy is False:
                 return state.advance(**work.changes)
-            opt_state = self.bound.apply_(self.slots.params, tree.clone(state.opt_state), state.step)
+            opt_state = self.bound.apply_(
+                self.slots.params, tree.clone(state.opt_state), state.step, lr_scale=lr_scale(state)
+            )
             params, buffers = self.slots.written(lease, params, buffers)
         finally:
             self.slots.take_back(lease)
@@ -199,7 +201,7 @@ class SupervisedStep:
             _warn_of_draws(watched, other_states())
         leaves = self._reduced_leaves(parts, None if scale is None else scale["scale"])
         metrics = _report(parts)
-        metrics[LR] = self.lr(state.step)
+        metrics[LR] = self.lr(state)
         norm = self._norm(leaves)
         if norm is not None:
             metrics["grad_norm"] = norm
@@ -261,9 +263,11 @@ class SupervisedStep:
                 leaf.grad = grads.own_layout(name, after[name], leaf, None) if name in after else None
         return {name: leaf for name, leaf in leaves.items() if name in after}
 
-    def lr(self, step: int) -> Any:
+    def lr(self, state: TrainState) -> Any:
         """The learning rate that a step reports: the optimizer's own, before the factors of groups."""
-        return self.optimizer.lr(step) if callable(self.optimizer.lr) else self.optimizer.lr
+        lr, scale = self.optimizer.lr, lr_scale(state)
+        now = lr(state.step) if callable(lr) else lr
+        return now if scale == 1.0 else now * scale
 
     def _norm(self, leaves: dict[str, Tensor]) -> float | Tensor | None:
         wanted = self.clip_grad_norm is not None or self.on_nonfinite != "allow"

@@ -1223,25 +1223,26 @@ def test_debug_lets_states_and_snapshots_pass_and_changes_nothing():
     assert state == expected
 
 
-def test_a_resumed_state_does_not_stay_in_memory(tmp_path):
-    """What was read from a checkpoint is copied in and gone after the first step: no second copy of the model."""
+def test_a_resumed_state_is_the_memory_of_the_run(tmp_path):
+    """What was read from a checkpoint is what training writes to: no second copy, whoever holds the resumed state."""
     model = make("mlp")
     optimizer = ft.optimizer(torch.optim.AdamW, lr=0.01, fused=True)
     step_fn = ft.supervised_step(model, square_loss, optimizer)
     ft.save(step_fn(ft.init_state(model, optimizer), batches("mlp", 1)[0]), tmp_path)
-    read = []
 
-    def resumed():
-        state = ft.resume_or(ft.init_state(model, optimizer), tmp_path)
-        read.extend(weakref.ref(leaf) for _, leaf in ft.named_leaves(state) if isinstance(leaf, torch.Tensor))
-        return state
+    def places(state):
+        tensors = ft.tree.tensors({"params": state.params, "buffers": state.buffers, "opt_state": state.opt_state})
+        return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.dim()}
 
-    alive = []
-    look = ft.hook(after_step=lambda state: alive.append(sum(ref() is not None for ref in read)))
-    in_place = ft.shell.in_place(step_fn)
-    ft.fit(in_place, look, state=resumed(), data=iter(batches("mlp", 3)), max_steps=4)
-    assert len(read) > 4
-    assert alive == [0, 0, 0]
+    resumed = ft.resume_or(ft.init_state(model, optimizer), tmp_path)
+    read = places(resumed)
+    assert read >= {param.untyped_storage().data_ptr() for param in model.parameters()}
+    seen = []
+    look = ft.hook(after_step=lambda state: seen.append(places(state)))
+    ft.fit(ft.shell.in_place(step_fn), look, state=resumed, data=iter(batches("mlp", 3)), max_steps=4)
+    assert seen == [read] * 3
+    with pytest.raises(ft.StateConsumedError, match="step 2"):
+        dict(resumed.params)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.compile warns about itself

@@ -4,6 +4,7 @@ from fntrain.hooks.checkpoint import best_checkpoint, checkpoint, keep_best
 from fntrain.hooks.evaluate import evaluate
 from fntrain.hooks.memory import memory_stats
 from fntrain.hooks.metrics import write_metrics
+from fntrain.hooks.plateau import reduce_lr_on_plateau
 from fntrain.hooks.profile import profile
 from fntrain.hooks.progress import progress_bar
 from fntrain.hooks.timer import iteration_timer
@@ -17,5 +18,6 @@ __all__ = [
     "memory_stats",
     "profile",
     "progress_bar",
+    "reduce_lr_on_plateau",
     "write_metrics",
 ]

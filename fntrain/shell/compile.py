@@ -129,7 +129,7 @@ class CompiledStep:
 
     def _run(self, program: Program, state: TrainState, batch: Batch, inputs: list[Tensor]) -> TrainState:
         step, traced = self.eager.step, program.traced
-        rates = self._rates.at(state.step)
+        rates = self._rates.at(state)
         step.seed(state)
         looked_at = traced.healthy if step.on_nonfinite == "raise" else None
         if looked_at is None:
@@ -144,7 +144,7 @@ class CompiledStep:
             metrics[name] = results[index]
         for name, index, kind in traced.media:
             metrics[name] = kind(results[index])
-        metrics[LR] = step.optimizer.lr if self._rates.lr is None else rates[self._rates.lr]
+        metrics[LR] = step.lr(state) if self._rates.lr is None else rates[self._rates.lr]
         return self.eager.advanced(state, {"metrics": metrics})
 
     def _structure(self) -> int:
@@ -178,7 +178,7 @@ class CompiledStep:
         trees = (self.eager.params, self.eager.buffers, self.eager.opt_state)
         start = time.perf_counter()
         try:
-            self._rates.at(state.step)
+            self._rates.at(state)
             flat = [self._rates.vector, *self._leaves, *inputs]
             traced = trace(step, self._rates, trees, batch, flat)
             seconds = time.perf_counter() - start

@@ -233,7 +233,7 @@ class Captured:
         scale = tree.clone(loss_scale(state.extra, engine.device)) if fp16 else {}
         inputs = state.replace(extra={**state.extra, **({LOSS_SCALE: scale} if fp16 else {})})
         fused, moves = step.fused, step.moves
-        rates = None if fused is None else fused.lrs(state.step)
+        rates = None if fused is None else fused.lrs(state)
         lrs = [torch.full((), rate, dtype=torch.float32, device=engine.device) for rate in rates or []]
         grads: dict[str, Tensor] = {}
         kept: list[FusedAdam | None] = []
@@ -251,7 +251,7 @@ class Captured:
                     raise GraphError("the forward puts other tensors in the place of parameters or buffers")
                 everything = fused is not None and rates is not None and fused.takes(work.leaves)
                 if everything and work.leaves.keys() <= step.updated:
-                    step.update(work.leaves, work.healthy, state.step, lrs)
+                    step.update(work.leaves, work.healthy, state, lrs)
                     kept.append(fused)
                 else:
                     grads.update({name: leaf.grad for name, leaf in work.leaves.items() if leaf.grad is not None})
@@ -287,7 +287,7 @@ class Captured:
             now = loss_scale(state.extra, self.scale["scale"].device)
             _copy_all([self.scale[key] for key in self.scale], [now[key] for key in self.scale])
         if self.fused is not None:
-            for place, rate in zip(self.lrs, self.fused.lrs(state.step) or [], strict=True):
+            for place, rate in zip(self.lrs, self.fused.lrs(state) or [], strict=True):
                 place.fill_(rate)
         step.step.seed(state)
         reason = f"step {state.step + 1}"
@@ -312,7 +312,7 @@ class Captured:
         try:
             for name, grad in self.grads.items():
                 params[name].grad = grad
-            step.update(self.work.leaves, healthy, state.step)
+            step.update(self.work.leaves, healthy, state)
         finally:
             for param in params.values():
                 param.grad = None
@@ -325,7 +325,7 @@ class Captured:
         metrics = {name: _kept(value) for name, value in work["metrics"].items()} | dict(
             zip(names, copies, strict=True)
         )
-        metrics[LR] = step.step.lr(state.step)
+        metrics[LR] = step.step.lr(state)
         if not self.scale:
             return {"metrics": metrics}
         return {"metrics": metrics, "extra": {**state.extra, LOSS_SCALE: tree.clone(work["extra"][LOSS_SCALE])}}

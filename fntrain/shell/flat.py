@@ -10,7 +10,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from fntrain.optim import BoundOptimizer
+from fntrain.optim import BoundOptimizer, lr_scale
+from fntrain.state import TrainState
 from fntrain.step import SupervisedStep
 
 Filler = Callable[[Iterator[Tensor]], Any]
@@ -65,6 +66,7 @@ class Rates:
     """The options that depend on the step, and every learning rate: one vector of float64, an input of the program."""
 
     fns: list[Callable[[int], Any]]
+    is_lr: list[bool]  # which of them the state's `lr_scale` multiplies
     places: list[dict[str, int]]  # for each group of the optimizer: option -> index into the vector
     divisors: list[int]  # where 0 would be divided by
     lr: int | None
@@ -73,7 +75,7 @@ class Rates:
 
     @classmethod
     def of(cls, step_fn: SupervisedStep) -> "Rates":
-        fns: list[Callable[[int], Any]] = []
+        fns: list[tuple[bool, Callable[[int], Any]]] = []
         places: list[dict[str, int]] = []
         divisors = []
         for group, scheduled in zip(step_fn.bound.template.param_groups, step_fn.bound.scheduled, strict=True):
@@ -81,27 +83,31 @@ class Rates:
             # A tensor is kept as it is: what is written to it later counts.
             functions: dict[str, Callable[[int], Any]] = {"lr": partial(_constant, value=group["lr"])}
             for key, fn in (functions | scheduled).items():
-                if fn not in fns:  # one schedule for all groups is evaluated once
-                    fns.append(fn)
-                places[-1][key] = fns.index(fn)
+                one = (key == "lr", fn)
+                if one not in fns:  # one schedule for all groups is evaluated once
+                    fns.append(one)
+                places[-1][key] = fns.index(one)
             if "capturable" in group:
                 divisors.append(places[-1]["lr"])
         lr = step_fn.optimizer.lr
-        if callable(lr) and lr not in fns:
-            fns.append(lr)  # no group has it, but it is reported
+        if callable(lr) and (True, lr) not in fns:
+            fns.append((True, lr))  # no group has it, but it is reported
         numbers = array("d", [0.0] * len(fns))
         return cls(
-            fns,
+            [fn for _, fn in fns],
+            [is_lr for is_lr, _ in fns],
             places,
             divisors,
-            fns.index(lr) if callable(lr) else None,
+            fns.index((True, lr)) if callable(lr) else None,
             numbers,
             torch.frombuffer(numbers, dtype=torch.float64),
         )
 
-    def at(self, step: int) -> list[Any]:
-        """Write the vector for a step; returns the values as the functions gave them."""
-        values = [fn(step) for fn in self.fns]
+    def at(self, state: TrainState) -> list[Any]:
+        """Write the vector for a state's step; returns the values as the functions gave them."""
+        values, scale = [fn(state.step) for fn in self.fns], lr_scale(state)
+        if scale != 1.0:
+            values = [value * scale if is_lr else value for value, is_lr in zip(values, self.is_lr, strict=True)]
         for index, value in enumerate(values):
             try:
                 self.numbers[index] = value

@@ -21,6 +21,7 @@ from fntrain.batch import Batch
 from fntrain.errors import StateConsumedError
 from fntrain.lease import FIELDS, Home, Leased
 from fntrain.module import came_or_went, copy_in, is_dense, same_memory
+from fntrain.optim import lr_scale
 from fntrain.shell.kernels import FusedAdam
 from fntrain.state import TrainState
 from fntrain.step import CHECK_EVERY, SupervisedStep, alike, choose
@@ -161,7 +162,7 @@ class InPlace:
         else:
             self.home.end(f"step {state.step + 1}", *FIELDS)
             try:
-                self.update(work.leaves, healthy, state.step)
+                self.update(work.leaves, healthy, state)
             finally:
                 self.end(before)
             if self.debug:
@@ -214,7 +215,7 @@ class InPlace:
                 self.opt_state, self.fused, self.memory = tree.clone(theirs), None, None
             self.updated = set(self.opt_state)
         elif theirs.tensors is not self.opt_state:  # of a step that ran in place here before, or resumed
-            self.opt_state = self.step.bound.placed(theirs.tensors, self.step.slots.params)
+            self.opt_state = dict(self.step.bound.placed(theirs.tensors, self.step.slots.params))
             self.fused, self.updated, self.memory = None, set(theirs), None
         if not (here and kept):
             state = self.advanced(state, {}).replace(step=state.step, position=state.position)
@@ -373,7 +374,7 @@ class InPlace:
         return getattr(self.step.bound.template, "_step_supports_amp_scaling", False)
 
     def update(
-        self, leaves: dict[str, Tensor], healthy: bool | Tensor, step: int, lrs: Sequence[Tensor] | None = None
+        self, leaves: dict[str, Tensor], healthy: bool | Tensor, state: TrainState, lrs: Sequence[Tensor] | None = None
     ) -> None:
         """The optimizer's update, in place; a decision left to the device goes into its kernel, or picks afterwards."""
         bound, params = self.step.bound, self.step.slots.params
@@ -383,9 +384,9 @@ class InPlace:
             tree.clone({"params": {n: self.params[n] for n in leaves}, "opt_state": self.opt_state}) if choosing else {}
         )
         if self.fused is not None and self.fused.takes(leaves):
-            self.fused(leaves, step, found_inf, lrs)
+            self.fused(leaves, state, found_inf, lrs)
         else:
-            self.opt_state = dict(bound.apply_(params, self.opt_state, step, found_inf))
+            self.opt_state = dict(bound.apply_(params, self.opt_state, state.step, found_inf, lr_scale(state)))
             self.settle_params()
             self.fused = FusedAdam.of(bound, self.params, self.opt_state)
             self.updated |= leaves.keys()

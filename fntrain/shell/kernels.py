@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fntrain.grads import stalls
-from fntrain.optim import BoundOptimizer
+from fntrain.optim import BoundOptimizer, lr_scale
+from fntrain.state import TrainState
 
 _CLASSES = (torch.optim.Adam, torch.optim.AdamW)
 _MEMORY = {"step", "exp_avg", "exp_avg_sq"}
@@ -53,11 +54,14 @@ class FusedAdam:
             groups.append(_Group(kernel, names, leaves, lists, counts, counted, options, hyper))
         return cls(groups, frozenset(name for names in bound.names for name in names))
 
-    def lrs(self, step: int) -> list[float] | None:
-        """The learning rate of each group at a step, or None if another option is scheduled too."""
+    def lrs(self, state: TrainState) -> list[float] | None:
+        """The learning rate of each group at a state's step, or None if another option is scheduled too."""
         if any(group.scheduled.keys() - {"lr"} for group in self.groups):
             return None
-        return [group.scheduled["lr"](step) if group.scheduled else group.options["lr"] for group in self.groups]
+        step, scale = state.step, lr_scale(state)
+        return [
+            (group.scheduled["lr"](step) if group.scheduled else group.options["lr"]) * scale for group in self.groups
+        ]
 
     def takes(self, leaves: Mapping[str, Tensor]) -> bool:
         """Whether every parameter has a gradient, and nobody wants to see the class's step."""
@@ -66,7 +70,7 @@ class FusedAdam:
     def __call__(
         self,
         leaves: Mapping[str, Tensor],
-        step: int,
+        state: TrainState,
         found_inf: Tensor | None = None,
         lrs: Sequence[Tensor] | None = None,
     ) -> None:
@@ -74,12 +78,15 @@ class FusedAdam:
 
         `lrs` are learning rates on the device, one for each group, in place of those of the step.
         """
+        step, scale = state.step, lr_scale(state)
         for index, group in enumerate(self.groups):
             now = group.options
             if lrs is not None:
                 now = {**now, "lr": lrs[index]}
             elif group.scheduled:
                 now = {**now, **{key: fn(step) for key, fn in group.scheduled.items()}}
+            if lrs is None and scale != 1.0:
+                now = {**now, "lr": now["lr"] * scale}
             if group.counted is None:
                 group.counts.add_(1)
             else:

@@ -1,0 +1,103 @@
+"""hooks.reduce_lr_on_plateau: a smaller learning rate when a metric no longer improves."""
+
+import logging
+import math
+from typing import Literal
+
+import attrs
+
+from fntrain.check import whole
+from fntrain.hook import AnyHook, stateful
+from fntrain.optim import LR_SCALE, lr_scale
+from fntrain.state import TrainState, remember
+
+_log = logging.getLogger("fntrain")
+
+
+@attrs.frozen
+class ReduceLROnPlateau:
+    """The callback: remembers the best value and how many reports ago it was."""
+
+    metric: str
+    mode: Literal["max", "min"]
+    factor: float
+    patience: int
+    threshold: float
+    cooldown: int
+    min_scale: float
+    name: str
+
+    def __call__(self, state: TrainState) -> TrainState | None:
+        memory = state.hooks[self.name]
+        if self.metric not in state.metrics or memory["step"] == state.step:  # after_train shows the last step again
+            return None
+        value = float(state.metrics[self.metric])
+        best = memory["best"]
+        resting = max(memory["resting"] - 1, 0)
+        if self.improves(value, best):
+            best, bad = value, 0
+        else:
+            bad = 0 if memory["resting"] else memory["bad"] + 1
+        if bad > self.patience:
+            old = lr_scale(state)
+            new = max(old * self.factor, self.min_scale)
+            bad, resting = 0, self.cooldown
+            if new < old:
+                _log.info("step %s: %s is on a plateau; learning rates x %g from now on", state.step, self.metric, new)
+                state = state.replace(extra={**state.extra, LR_SCALE: new})
+        return remember(state, self.name, {"best": best, "bad": bad, "resting": resting, "step": state.step})
+
+    def improves(self, value: float, best: float) -> bool:
+        """Whether a value is better than the best by more than the threshold; nan is not."""
+        if self.mode == "max":
+            return value > best * (1 + self.threshold)
+        return value < best * (1 - self.threshold)
+
+
+def reduce_lr_on_plateau(
+    metric: str,
+    *,
+    mode: Literal["max", "min"],
+    factor: float = 0.1,
+    patience: int = 10,
+    threshold: float = 1e-4,
+    cooldown: int = 0,
+    min_scale: float = 0.0,
+    name: str = "reduce_lr_on_plateau",
+) -> AnyHook:
+    """Multiply all learning rates by `factor` when a metric has not improved for more than `patience` reports.
+
+    It writes `state.extra["lr_scale"]`, by which a step multiplies the learning rate of every group, schedules too; the
+    metric `lr` shows the product. List it after the hook that reports the metric and before `hooks.checkpoint`.
+
+    Args:
+      metric: name in `state.metrics`; steps without it do not count. nan is no improvement.
+      mode: "max" if more is better, "min" if less is.
+      factor: between 0 and 1.
+      patience: number of reports without improvement that are borne.
+      threshold: an improvement is at least this part of the best value.
+      cooldown: number of reports after a reduction that are not counted.
+      min_scale: the product of the factors does not get below.
+      name: unique in a run; the best value is in `state.hooks[name]`.
+    Raises:
+      ValueError: an argument out of range.
+    Example:
+      >>> reduce_lr_on_plateau("eval/loss", mode="min", patience=3).name
+      'reduce_lr_on_plateau'
+
+    Source: torch.optim.lr_scheduler.ReduceLROnPlateau
+    """
+    if mode not in ("max", "min"):
+        raise ValueError(f'mode: got {mode!r}, expected "max" or "min"')
+    for argument, number, low, high in (
+        ("factor", factor, 0.0, 1.0),
+        ("threshold", threshold, 0.0, math.inf),
+        ("min_scale", min_scale, 0.0, 1.0),
+    ):
+        if not low <= number <= high or (argument == "factor" and number in (0, 1)):
+            raise ValueError(f"{argument}: got {number!r}, expected a number between {low:g} and {high:g}")
+    record = ReduceLROnPlateau(
+        metric, mode, factor, whole("patience", patience, 0), threshold, whole("cooldown", cooldown, 0), min_scale, name
+    )
+    worst = -math.inf if mode == "max" else math.inf
+    return stateful(name, {"best": worst, "bad": 0, "resting": 0, "step": -1}, after_step=record, after_train=record)

@@ -219,12 +219,17 @@ def _close(opened: list[AbstractContextManager[Any]], batches: Batches | None, e
 
 
 def _noted(first: BaseException | None, later: BaseException) -> BaseException:
-    """The error to raise: the first one with the later as a note, but Ctrl-C and exits before ordinary errors."""
+    """The error to raise: the first one with the later as a note, but the weightier one before."""
     if first is None:
         return later
-    winner, other = (later, first) if isinstance(first, Exception) > isinstance(later, Exception) else (first, later)
+    winner, other = (later, first) if _weight(later) > _weight(first) else (first, later)
     winner.add_note("\n".join([f"besides {type(other).__name__}: {other}", *getattr(other, "__notes__", ())]))
     return winner
+
+
+def _weight(error: BaseException) -> int:
+    """Ctrl-C before ordinary errors, and these before SystemExit, which would end the process without showing them."""
+    return 0 if isinstance(error, SystemExit) else 1 if isinstance(error, Exception) else 2
 
 
 def _stopped(state: TrainState, kind: Any, reason: str) -> TrainState:

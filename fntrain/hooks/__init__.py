@@ -7,6 +7,7 @@ from fntrain.hooks.metrics import write_metrics
 from fntrain.hooks.plateau import reduce_lr_on_plateau
 from fntrain.hooks.profile import profile
 from fntrain.hooks.progress import progress_bar
+from fntrain.hooks.signal import on_signal
 from fntrain.hooks.timer import iteration_timer
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "iteration_timer",
     "keep_best",
     "memory_stats",
+    "on_signal",
     "profile",
     "progress_bar",
     "reduce_lr_on_plateau",

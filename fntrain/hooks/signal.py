@@ -1,0 +1,151 @@
+"""hooks.on_signal: end a run that is told to go (preemption, a time limit, Ctrl-C) with all of it saved.
+
+The handler only sets a flag. It neither logs nor raises: it may interrupt anything, a save or the logging itself.
+"""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterable
+from contextlib import ExitStack
+from types import FrameType, TracebackType
+from typing import Any
+
+import attrs
+
+from fntrain.hook import AnyHook, Hook, hook, resource
+from fntrain.state import TrainState, stop
+
+_log = logging.getLogger("fntrain")
+
+
+@attrs.frozen
+class OnSignal:
+    """The hook's value; called, it gives the live one, which holds the former handlers and the flag."""
+
+    signals: tuple[str, ...]
+    exit: bool
+
+    def __call__(self) -> "_Live":
+        return _Live(self)
+
+
+def on_signal(
+    signals: str | signal.Signals | Iterable[str | signal.Signals] = ("SIGTERM", "SIGINT", "SIGUSR1"),
+    *,
+    exit: bool = True,  # noqa: A002
+    name: str = "on_signal",
+) -> AnyHook:
+    """Stop after the step under way when a signal comes, save and close everything, and exit; list it first.
+
+    `state.run.stop` names the signal. A second one ends the process at once, after Python has seen the first (C code
+    that is running returns before). None is lost: one that comes when the run is ending exits all the same, one beside
+    an error is a note of it. Each process decides for itself: ranks must get it between the same two steps.
+    Children by fork heed SIGTERM alone, as Ctrl-C and `timeout` signal the whole group. SIGTERM to the whole group ends
+    a DataLoader's workers, and so the run by an error that saves nothing: send it to the main process, or use SIGUSR1.
+
+    SLURM, in the batch script; the signal comes 2 to 3 minutes before the time limit:
+
+        #SBATCH --signal=USR1@120 --requeue
+        srun python train.py; status=$?
+        [ $status = 138 ] && scontrol requeue $SLURM_JOB_ID
+        exit $status
+
+    Kubernetes sends SIGTERM to the container's first process: start it by `exec python train.py`, let
+    `terminationGracePeriodSeconds` be more than a step and a save take, and have it run again by `restartPolicy:
+    OnFailure` (or the training operator's `ExitCode`, to which 128 to 255 means "again").
+
+    Args:
+      signals: names or members of signal.Signals, one or several.
+      exit: raise SystemExit(128 + number) when all is closed: 143 for SIGTERM, 130 for SIGINT, on Linux 138 for
+        SIGUSR1. If not, `fit` returns its state, and a signal too late for it goes to the handler from before.
+      name: unique in a run; of several hooks for one signal, the last opened gets it.
+    Raises:
+      ValueError: no signal, an unknown one, or one that can't be caught.
+      RuntimeError: (when the run starts) not in the main thread, or a handler set from C, which can't be put back.
+    Example:
+      >>> on_signal("SIGTERM")
+      OnSignal(signals=('SIGTERM',), exit=True)
+    """
+    several: list[Any] = [signals] if isinstance(signals, str | signal.Signals) else list(signals)
+    names = [one.name if isinstance(one, signal.Signals) else one for one in several]
+    wrong = [one for one in names if one not in signal.Signals.__members__ or one in ("SIGKILL", "SIGSTOP")]
+    if wrong or not names:
+        got = f"{wrong[0]!r}, which is unknown here or can't be caught" if wrong else "none"
+        raise ValueError(f"signals: got {got}; expected names such as 'SIGTERM'")
+    return resource(OnSignal(tuple(dict.fromkeys(names)), exit), name=name)
+
+
+class _Live:
+    """What the hook holds during one run."""
+
+    def __init__(self, settings: OnSignal) -> None:
+        self.settings = settings
+        self.owner = os.getpid()
+        self.former: dict[int, Any] = {}
+        self.came: signal.Signals | None = None
+        self.told = False  # whether the state says that it came
+        self.over = False
+
+    def __enter__(self) -> Hook:
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("on_signal: Python handles signals in the main thread only; call fit there")
+        self.former = {signal.Signals[name]: signal.getsignal(signal.Signals[name]) for name in self.settings.signals}
+        if foreign := [signal.Signals(one).name for one, former in self.former.items() if former is None]:
+            raise RuntimeError(f"on_signal: {foreign[0]} has a handler set from C that can't be put back; leave it out")
+        try:
+            for one in self.former:
+                signal.signal(one, self.handle)
+        except BaseException:  # of a former handler, such as Ctrl-C
+            self.restore()
+            raise
+        return hook(before_train=self.look, after_step=self.look)
+
+    def handle(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self.owner:  # in a child by fork: SIGTERM is how its parent ends it
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+        elif self.over:  # put back by a run that was begun within this one and outlived it
+            signal.signal(number, self.former[number])
+            signal.raise_signal(number)
+        else:
+            self.came = self.came or signal.Signals(number)
+            for one in self.former:
+                signal.signal(one, signal.SIG_DFL)
+
+    def look(self, state: TrainState) -> TrainState | None:
+        if self.came is None:
+            return None
+        _log.warning("%s: stopping after step %d; a second signal ends at once", self.came.name, state.step)
+        self.told = state.run.stop is None  # or else another hook's reason stays
+        return stop(state, f"{self.came.name} received")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.restore()
+        if self.came is None:
+            return
+        if error is not None and not isinstance(error, GeneratorExit):
+            error.add_note(f"besides, {self.came.name} came and asked the run to end")
+        elif error is None and self.settings.exit:
+            if not self.told:
+                _log.warning("%s: came when the run was ending", self.came.name)
+            raise SystemExit(128 + self.came)
+        elif not self.told:  # not SystemExit: Python drops what is raised while a generator is thrown away
+            signal.raise_signal(self.came)
+
+    def restore(self) -> None:
+        self.over = True
+        with ExitStack() as stack:
+            for one, former in self.former.items():
+                stack.callback(_put_back, one, former)
+
+
+def _put_back(number: int, handler: Any) -> None:
+    """Set the handler; Python first runs what other handlers have to do, and if that raises, sets none."""
+    try:
+        signal.signal(number, handler)
+    except BaseException:
+        signal.signal(number, handler)
+        raise

@@ -6,6 +6,8 @@ Training is a pure fold, state_n = reduce(step_fn, batches, state_0), over a ste
 
 from fntrain import data, events, hooks, schedules, shell, writers
 from fntrain.batch import num_samples, split_batch
+from fntrain.cli import main
+from fntrain.config import Config, scale_config, to_dict
 from fntrain.errors import (
     CheckpointError,
     DataExhaustedError,
@@ -23,6 +25,8 @@ from fntrain.hook import Hook, compose, hook, identity, resource, stateful
 from fntrain.loss import weighted
 from fntrain.module import bound, init_state, load_into
 from fntrain.optim import Optimizer, group, optimizer
+from fntrain.predictor import Predictor, predictor
+from fntrain.recipe import Job, Recipe, Result, build, default_hooks, run
 from fntrain.rng import fold_in, preserved_generators, seed_generators
 from fntrain.shell.checkpoint import latest, load, resume_or, save
 from fntrain.shell.params import export, load_params
@@ -31,14 +35,19 @@ from fntrain.step import SupervisedStep, supervised_step
 
 __all__ = [
     "CheckpointError",
+    "Config",
     "DataExhaustedError",
     "Evaluation",
     "FntrainError",
     "GraphError",
     "Hook",
+    "Job",
     "MissingExtraError",
     "NonFiniteError",
     "Optimizer",
+    "Predictor",
+    "Recipe",
+    "Result",
     "Run",
     "StateConsumedError",
     "StepFn",
@@ -48,8 +57,10 @@ __all__ = [
     "at_end",
     "between",
     "bound",
+    "build",
     "compose",
     "data",
+    "default_hooks",
     "digest",
     "evaluation",
     "events",
@@ -67,11 +78,13 @@ __all__ = [
     "load",
     "load_into",
     "load_params",
+    "main",
     "name_scope",
     "named_leaves",
     "num_samples",
     "on_main",
     "optimizer",
+    "predictor",
     "preserved_generators",
     "put_histogram",
     "put_image",
@@ -81,7 +94,9 @@ __all__ = [
     "remember",
     "resource",
     "resume_or",
+    "run",
     "save",
+    "scale_config",
     "schedules",
     "seed_generators",
     "shell",
@@ -91,6 +106,7 @@ __all__ = [
     "states",
     "stop",
     "supervised_step",
+    "to_dict",
     "weighted",
     "when",
     "writers",

@@ -12,6 +12,7 @@ from typing import Any
 
 import attrs
 
+from fntrain import tree
 from fntrain.check import whole
 from fntrain.hook import PHASES, AnyHook, Callback, Gated, Hook, flatten
 from fntrain.source import END, Batches, Positioned
@@ -190,7 +191,7 @@ def _finish(live: list[Gated], ran: dict[int, int], state: TrainState, error: Ba
     trained = error is None and state.step > state.run.start_step
     for gated in live:
         # A state that after_train changed (the last evaluation's best score, say) is saved again.
-        stale = gated.hook.saves and any(getattr(state, name) is not getattr(last, name) for name in SAVED)
+        stale = gated.hook.saves and any(_differ(getattr(state, name), getattr(last, name)) for name in SAVED)
         due = gated.at_end and trained and (stale or ran.get(id(gated)) != last.step)
         for callback in (gated.hook.after_step if due else None, gated.hook.after_train):
             try:
@@ -200,6 +201,10 @@ def _finish(live: list[Gated], ran: dict[int, int], state: TrainState, error: Ba
     if error is not first and first is not None:
         raise first
     return state
+
+
+def _differ(a: Any, b: Any) -> bool:
+    return a is not b and not tree.bitwise_equal(a, b)
 
 
 def _close(opened: list[AbstractContextManager[Any]], batches: Batches | None, error: BaseException | None) -> None:

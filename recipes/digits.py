@@ -1,16 +1,16 @@
-"""Handwritten digits: a small CNN with augmentation, evaluation, checkpoints and exact resume.
+"""Handwritten digits: a small CNN with augmentation, evaluation, checkpoints and exact resume, as a Recipe.
 
     python recipes/digits.py                      # train; run it again and it resumes where it stopped
-    python recipes/digits.py --out runs/other --steps 500
+    python recipes/digits.py --output-dir runs/other --max-steps 500 --lr 1e-3
+    python recipes/digits.py --help               # every setting; --dry-run shows what would be trained
     tensorboard --logdir runs
 
-Data: scikit-learn's bundled digits (1,797 images of 8x8), no download; extra `digits`.
+Data: scikit-learn's bundled digits (1,797 images of 8x8), no download; extra `digits`, and `cli` for the flags.
 Measured: 99.7% of the 360 test images after 1,500 steps, in 13 s on 2 CPU cores.
 Copy this file and adapt it: everything is in it, nothing imports it. plain_train.py beside it is the same training
 as a raw loop, which is why the two share their data and model.
 """
 
-import argparse
 from typing import Any
 
 import attrs
@@ -21,17 +21,12 @@ from torch import Tensor, nn
 import fntrain as ft
 
 
-@attrs.frozen
-class Config:
-    steps: int = 1500
-    batch_size: int = 64
-    lr: float = 3e-3
-    weight_decay: float = 0.05
-    clip_grad_norm: float = 1.0
-    seed: int = 0
-    workers: int = 0
-    out: str = "runs/digits"
-    checkpoint_every: int = 250
+@attrs.frozen(kw_only=True)
+class Config(ft.Config):
+    """The usual settings, and one of our own."""
+
+    width: int = 32
+    """Channels of the first block; the second has twice as many."""
 
 
 class Digits(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -64,19 +59,20 @@ class Digits(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"image": image, "label": self.labels[index]}
 
 
-def build_model() -> nn.Module:
+def build_model(config: Config) -> nn.Module:
     def block(inputs: int, outputs: int) -> list[nn.Module]:
         return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
 
+    width = config.width
     return nn.Sequential(
-        *block(1, 32),
-        *block(32, 32),
+        *block(1, width),
+        *block(width, width),
         nn.MaxPool2d(2),
-        *block(32, 64),
+        *block(width, 2 * width),
         nn.MaxPool2d(2),
         nn.Flatten(),
         nn.Dropout(0.3),
-        nn.Linear(64 * 2 * 2, 10),
+        nn.Linear(2 * width * 2 * 2, 10),
     )
 
 
@@ -94,14 +90,8 @@ def metrics_fn(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def build_optimizer(config: Config) -> ft.Optimizer:
-    return ft.optimizer(
-        torch.optim.AdamW,
-        lr=ft.schedules.warmup_cosine(config.lr, warmup_steps=config.steps // 15, total_steps=config.steps),
-        groups=[ft.group(lambda _, param: param.ndim <= 1, weight_decay=0.0)],  # not on norms and biases
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+def build_evaluation(_config: Config, model: nn.Module) -> ft.Evaluation:
+    return ft.evaluation(model, metrics_fn, Digits(train=False))
 
 
 def keep_best(state: ft.TrainState) -> ft.TrainState | None:
@@ -113,34 +103,47 @@ def keep_best(state: ft.TrainState) -> ft.TrainState | None:
     return ft.remember(state, "best", best).replace(metrics={**state.metrics, "best_accuracy": best})
 
 
-def train(config: Config) -> ft.TrainState:
-    torch.manual_seed(config.seed)  # for the initial weights; every later draw derives from (seed, step)
-    model = build_model()
-    optimizer = build_optimizer(config)
-    pure = ft.supervised_step(model, loss_fn, optimizer, clip_grad_norm=config.clip_grad_norm)
-    step_fn = ft.shell.cuda_step(pure) if torch.cuda.is_available() else ft.shell.in_place(pure)
-    state = ft.resume_or(ft.init_state(model, optimizer, seed=config.seed), config.out)
-    data = ft.data.stream(Digits(train=True), config.batch_size, seed=config.seed, num_workers=config.workers)
-    evaluation = ft.evaluation(model, metrics_fn, Digits(train=False))
-    hooks = [
-        ft.hooks.iteration_timer(),
-        ft.hooks.evaluate(evaluation, every=250),
-        ft.stateful("best", 0.0, after_step=keep_best, after_train=keep_best),
-        ft.hooks.write_metrics(ft.writers.default(config.out, hparams=attrs.asdict(config)), every=50),
-        ft.hooks.checkpoint(config.out, every=config.checkpoint_every, keep_last=3),
-    ]
-    return ft.fit(step_fn, hooks, state=state, data=data, max_steps=config.steps)
+def build_hooks(job: ft.Job) -> tuple[Any, ...]:
+    return ft.default_hooks(job, ft.stateful("best", 0.0, after_step=keep_best, after_train=keep_best))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in attrs.fields(Config):
-        kind: Any = field.type
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
-    config = Config(**vars(parser.parse_args()))
-    final = train(config)
-    print(f"step {final.step}: best test accuracy {final.hooks['best']:.4f}, digest {ft.digest(final)}")
+def preprocess(image: Any) -> dict[str, Tensor]:
+    """An 8x8 image with values from 0 to 16, as scikit-learn has them."""
+    return {"image": torch.as_tensor(image, dtype=torch.float32)[None] / 16}
+
+
+def predict_fn(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    probabilities = model(batch["image"]).softmax(-1)
+    return {"digit": probabilities.argmax(-1), "probability": probabilities.amax(-1)}
+
+
+def postprocess(output: dict[str, Tensor]) -> tuple[int, float]:
+    return int(output["digit"]), float(output["probability"])
+
+
+recipe = ft.Recipe(
+    config=Config(
+        output_dir="runs/digits",
+        max_steps=1500,
+        lr=3e-3,
+        warmup_steps=100,
+        weight_decay=0.05,
+        clip_grad_norm=1.0,
+        log_every=50,
+        eval_every=250,
+        checkpoint_every=250,
+    ),
+    build_model=build_model,
+    build_data=lambda _: Digits(train=True),
+    loss_fn=loss_fn,
+    build_evaluation=build_evaluation,
+    build_hooks=build_hooks,
+    preprocess=preprocess,
+    predict_fn=predict_fn,
+    postprocess=postprocess,
+)
 
 
 if __name__ == "__main__":
-    main()
+    if result := ft.main(recipe):
+        print(f"best test accuracy {result.state.hooks['best']:.4f}, digest {ft.digest(result.state)}")

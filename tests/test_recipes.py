@@ -8,8 +8,8 @@ import subprocess
 import sys
 import time
 
+import attrs
 import pytest
-import torch
 
 import fntrain as ft
 
@@ -37,14 +37,15 @@ def test_digits_reaches_its_accuracy(tmp_path):
     """The recipe as it stands reaches 98.5% on the test digits."""
     import digits
 
-    assert digits.train(digits.Config(out=str(tmp_path))).hooks["best"] >= 0.985
+    config = attrs.evolve(digits.recipe.config, output_dir=str(tmp_path))
+    assert ft.run(digits.recipe, config).state.hooks["best"] >= 0.985
 
 
 def test_digits_killed_half_way_ends_with_the_same_bits(tmp_path):
     """SIGKILL in the middle, the same command again: bitwise the weights of a run that was never stopped."""
-    steps = ["--steps", "240", "--checkpoint-every", "20"]
-    whole = python(ROOT / "recipes/digits.py", *steps, "--out", "whole", cwd=tmp_path).stdout.splitlines()[-1]
-    command = [sys.executable, str(ROOT / "recipes/digits.py"), *steps, "--out", "killed"]
+    steps = ["--max-steps", "240", "--checkpoint-every", "20", "--warmup-steps", "16"]
+    whole = python(ROOT / "recipes/digits.py", *steps, "--output-dir", "whole", cwd=tmp_path).stdout.splitlines()[-1]
+    command = [sys.executable, str(ROOT / "recipes/digits.py"), *steps, "--output-dir", "killed"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while ft.latest(tmp_path / "killed") is None or ft.latest(tmp_path / "killed").name < "step_00000080":
@@ -64,12 +65,9 @@ def test_the_raw_loop_has_the_losses_of_the_recipe():
     import plain_train
 
     _, by_hand = plain_train.train(20, report_every=1000)
-    config = digits.Config(steps=20)
-    torch.manual_seed(0)
-    model, optimizer = digits.build_model(), digits.build_optimizer(config)
-    step_fn = ft.supervised_step(model, digits.loss_fn, optimizer, clip_grad_norm=1.0)
-    data = ft.data.stream(digits.Digits(train=True), config.batch_size, seed=0)
-    run = ft.states(step_fn, state=ft.init_state(model, optimizer), data=data, max_steps=20)
+    config = attrs.evolve(digits.recipe.config, max_steps=20, warmup_steps=20 // 15)
+    job = ft.build(digits.recipe, config)
+    run = ft.states(job.step_fn, state=job.state, data=job.data, max_steps=20)
     assert [state.metrics["loss"].item() for state in run] == by_hand
     assert len((ROOT / "recipes/plain_train.py").read_text().splitlines()) <= 100
 

@@ -3,5 +3,6 @@
 from fntrain.shell.compile import compile_step
 from fntrain.shell.cuda import cuda_step
 from fntrain.shell.in_place import in_place
+from fntrain.shell.setup import setup
 
-__all__ = ["compile_step", "cuda_step", "in_place"]
+__all__ = ["compile_step", "cuda_step", "in_place", "setup"]

@@ -75,7 +75,7 @@ def _crc32() -> Callable[[Buffer, int], int]:
         from isal.isal_zlib import crc32 as fast
     except ImportError:
         return zlib.crc32  # the same number
-    return fast  # type: ignore[no-any-return]
+    return fast
 
 
 def header(tensors: Mapping[str, tuple[str, list[int]]], metadata: Mapping[str, str]) -> bytes:

@@ -1,0 +1,102 @@
+"""predictor: a trained recipe as a function of raw inputs."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from fntrain import tree
+from fntrain.batch import map_batch
+from fntrain.check import whole
+from fntrain.config import from_dict
+from fntrain.module import load_into
+from fntrain.recipe import Recipe
+from fntrain.shell.checkpoint import latest
+from fntrain.shell.params import load_params
+from fntrain.state import TrainState
+
+
+@attrs.frozen(kw_only=True)
+class Predictor:
+    """A function of raw inputs; made by `predictor`. The model is its own: training goes on without it."""
+
+    recipe: Recipe = attrs.field(repr=False)
+    model: nn.Module = attrs.field(repr=lambda model: type(model).__name__)
+    config: Any
+
+    def __call__(self, raw: Any) -> Any:
+        """Return the result for one raw input."""
+        return self.batch([raw])[0]
+
+    def batch(self, raws: Iterable[Any], *, batch_size: int = 256) -> list[Any]:
+        """Return the results for several raw inputs, in order.
+
+        Args:
+          raws: any number of them.
+          batch_size: how many the model is given at once.
+        Raises:
+          ValueError: the model gave another number of outputs than it got samples.
+        """
+        samples = [self.recipe.preprocess(raw) for raw in raws]
+        results: list[Any] = []
+        for start in range(0, len(samples), whole("batch_size", batch_size, 1)):
+            some = samples[start : start + batch_size]
+            outputs = self._outputs(default_collate(some))
+            for tensor in tree.tensors(outputs):
+                if tensor.ndim == 0 or len(tensor) != len(some):
+                    raise ValueError(
+                        f"predict_fn: gave an output of shape {tuple(tensor.shape)} for {len(some)} samples; expected "
+                        f"tensors whose first dimension is {len(some)}, in dicts, lists or tuples"
+                    )
+            for index in range(len(some)):
+                results.append(self.recipe.postprocess(tree.map_tensors(lambda t, index=index: t[index], outputs)))  # type: ignore[misc]
+        return results
+
+    def _outputs(self, batch: Any) -> Any:
+        device = next(self.model.parameters()).device
+        with torch.inference_mode():
+            outputs = self.recipe.predict_fn(self.model, map_batch(lambda tensor: tensor.to(device), batch))
+        return tree.map_tensors(Tensor.cpu, outputs)
+
+
+def predictor(recipe: Recipe, checkpoint: TrainState | str | os.PathLike[str], *, config: Any = None) -> Predictor:
+    """Make a function of raw inputs from a trained recipe: preprocess, model in eval mode, postprocess.
+
+    Args:
+      recipe: its `build_model`, `preprocess`, `predict_fn` and `postprocess` are used.
+      checkpoint: directory of a run (its newest intact checkpoint, and its config.json), one checkpoint, a safetensors
+        file, or a state, such as `ft.hooks.averaged(state)`.
+      config: settings in place of the run's or the recipe's.
+    Raises:
+      CheckpointError: nothing there, damaged, or of another model.
+    Example:
+      >>> recipe = ft.Recipe(build_model=lambda config: nn.Linear(2, 1), build_data=lambda config: [],
+      ...                    loss_fn=lambda model, batch: model(batch).mean(), postprocess=lambda output: output.item())
+      >>> state = ft.TrainState(step=9, position=9, seed=0,
+      ...                       params={"weight": torch.ones(1, 2), "bias": torch.zeros(1)})
+      >>> predict = predictor(recipe, state)
+      >>> predict(torch.tensor([1.0, 2.0])), predict.batch([torch.ones(2), torch.zeros(2)])
+      (3.0, [2.0, 0.0])
+
+    Source: detectron2's DefaultPredictor
+    """
+    if isinstance(checkpoint, TrainState):
+        config = recipe.config if config is None else config
+        model = recipe.build_model(config)
+        load_into(model, checkpoint)
+    else:
+        path = Path(checkpoint)
+        kept = next((one / "config.json" for one in (path, path.parent) if (one / "config.json").is_file()), None)
+        if config is None:
+            config = recipe.config if kept is None else from_dict(recipe.config, json.loads(kept.read_text("utf-8")))
+        model = recipe.build_model(config)
+        load_params(latest(path) or path, model)
+    wanted = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(wanted).eval().requires_grad_(False)
+    return Predictor(recipe=recipe, model=model, config=config)

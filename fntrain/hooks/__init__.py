@@ -5,6 +5,7 @@ from fntrain.hooks.evaluate import evaluate
 from fntrain.hooks.memory import memory_stats
 from fntrain.hooks.metrics import write_metrics
 from fntrain.hooks.plateau import reduce_lr_on_plateau
+from fntrain.hooks.precise_bn import precise_bn
 from fntrain.hooks.profile import profile
 from fntrain.hooks.progress import progress_bar
 from fntrain.hooks.signal import on_signal
@@ -18,6 +19,7 @@ __all__ = [
     "keep_best",
     "memory_stats",
     "on_signal",
+    "precise_bn",
     "profile",
     "progress_bar",
     "reduce_lr_on_plateau",

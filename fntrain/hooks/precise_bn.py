@@ -1,0 +1,147 @@
+"""hooks.precise_bn: population statistics in BatchNorm's buffers, instead of a moving average of batches."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
+
+from fntrain import events, gates
+from fntrain.batch import Batch, map_batch
+from fntrain.check import whole
+from fntrain.hook import AnyHook, hook
+from fntrain.module import bound
+from fntrain.rng import preserved_generators, seed_generators
+from fntrain.state import TrainState
+
+_USE = 0x707265_626E  # keeps the draws of these forwards apart from those of the step
+
+
+@attrs.frozen
+class PreciseBN:
+    """The callback: measures mean and variance of what the layers are given, and returns a state with them."""
+
+    model: nn.Module = attrs.field(repr=lambda model: type(model).__name__)
+    data: Iterable[Batch] = attrs.field(repr=lambda data: f"<{type(data).__name__}>")
+    num_batches: int
+    forward: Callable[[nn.Module, Batch], Any]
+
+    def __call__(self, state: TrainState) -> TrainState | None:
+        layers = {
+            f"{name}.running_mean" if name else "running_mean": module
+            for name, module in self.model.named_modules()
+            if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
+        }
+        layers = {name: module for name, module in layers.items() if name in state.buffers}
+        if not layers:
+            return None  # all frozen
+        device = next(iter(state.params.values())).device
+        given = 0
+        with (
+            preserved_generators(),
+            bound(self.model, state),
+            _measuring(layers.values()) as found,
+            torch.no_grad(),
+            events.collecting(),
+        ):
+            seed_generators(state.seed, state.step, _USE)
+            for batch in islice(self.data, self.num_batches):
+                self.forward(self.model, map_batch(lambda tensor: tensor.to(device, non_blocking=True), batch))
+                given += 1
+        if not given:
+            raise ValueError("precise_bn: the data gave no batch")
+        buffers = dict(state.buffers)
+        for name, module in layers.items():
+            if module not in found:
+                continue  # a branch that these forwards did not take
+            count, mean, squares = found[module]
+            old_mean, old_var = buffers[name], buffers[name.removesuffix("mean") + "var"]
+            buffers[name] = mean.to(old_mean.dtype)
+            buffers[name.removesuffix("mean") + "var"] = (squares / max(count - 1, 1)).to(old_var.dtype)
+        return state.replace(buffers=buffers)
+
+
+def precise_bn(
+    model: nn.Module,
+    data: Any,
+    *,
+    every: int,
+    num_batches: int = 200,
+    batch_size: int = 64,
+    forward: Callable[[nn.Module, Batch], Any] | None = None,
+    name: str = "precise_bn",
+) -> AnyHook:
+    """Put mean and variance over many batches into BatchNorm's buffers, every n steps and after the last one.
+
+    The layers' moving averages follow weights that have changed since, and weigh the last batches most. Here the
+    weights stand still, and every element of every batch counts the same, in float64; the variance is the unbiased
+    one, as in training. Layers that are in eval mode are left alone, and so are generators. List it before `evaluate`.
+
+    Args:
+      model: the module of the step.
+      data: training samples, from which nothing else reads at that time: a map-style data set, read in order, or a
+        re-iterable of batches.
+      every: number of steps between two.
+      num_batches: how many to read at most.
+      batch_size: how a data set is read; as in training, for deeper layers see normalised batches.
+      forward: (model, batch) -> anything; the step's loss function will do. `model(batch)` by default.
+      name: unique in a run.
+    Raises:
+      TypeError: the data can be read only once.
+      ValueError: the model has no BatchNorm with running statistics, a number is not positive, or (in the run) the data
+        is empty.
+    Example:
+      >>> model = nn.BatchNorm1d(1)
+      >>> samples = torch.tensor([[1.0], [2.0], [3.0], [6.0]])
+      >>> optimizer = ft.optimizer(torch.optim.SGD, lr=0.0)
+      >>> step_fn = ft.supervised_step(model, lambda model, batch: model(batch).square().mean(), optimizer)
+      >>> final = ft.fit(step_fn, [precise_bn(model, samples, every=5, batch_size=2)],
+      ...                state=ft.init_state(model, optimizer), data=[samples], max_steps=1)
+      >>> final.buffers["running_mean"], final.buffers["running_var"]
+      (tensor([3.]), tensor([4.6667]))
+
+    Source: detectron2's PreciseBN; Wu and Johnson, Rethinking "Batch" in BatchNorm, https://arxiv.org/abs/2105.07576
+    """
+    if not any(isinstance(module, _BatchNorm) and module.running_mean is not None for module in model.modules()):
+        raise ValueError(f"model: {type(model).__name__} has no BatchNorm with running statistics; leave the hook out")
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, DataLoader):
+        data = DataLoader(data, batch_size=whole("batch_size", batch_size, 1))
+    elif isinstance(data, Iterator) or not hasattr(data, "__iter__"):
+        raise TypeError(
+            f"data: got {type(data).__name__}, expected a data set or a re-iterable of batches (it is read many times)"
+        )
+    record = PreciseBN(model, data, whole("num_batches", num_batches, 1), forward or _forward)
+    return gates.at_end(gates.every(every, hook(after_step=record, name=name)))
+
+
+def _forward(model: nn.Module, batch: Batch) -> Any:
+    return model(batch)
+
+
+@contextmanager
+def _measuring(layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, tuple[int, Tensor, Tensor]]]:
+    """Count, mean and sum of squared differences of what each layer is given, per channel, in float64."""
+    found: dict[nn.Module, tuple[int, Tensor, Tensor]] = {}
+
+    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        values = args[0].detach().double().transpose(0, 1).flatten(1)
+        new = (values.shape[1], values.mean(1), values.var(1, correction=0) * values.shape[1])
+        found[module] = _merged(found[module], new) if module in found else new
+
+    handles = [layer.register_forward_pre_hook(look) for layer in layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _merged(a: tuple[int, Tensor, Tensor], b: tuple[int, Tensor, Tensor]) -> tuple[int, Tensor, Tensor]:
+    """Of two parts the whole: Chan's formula, which does not cancel as sums of squares do."""
+    count, delta = a[0] + b[0], b[1] - a[1]
+    return count, a[1] + delta * (b[0] / count), a[2] + b[2] + delta.square() * (a[0] * b[0] / count)

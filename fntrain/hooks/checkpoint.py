@@ -157,8 +157,8 @@ def checkpoint(
       CheckpointError: (when the run starts) the directory can't be written, is in use, or holds a later step than the
         start; (while it runs) a save failed.
     Example:
-      >>> checkpoint("runs/digits", every=500, keep_last=3).name
-      'checkpoint'
+      >>> checkpoint("runs/digits", every=500, keep_last=3).every
+      500
 
     Source: detectron2's PeriodicCheckpointer; asynchronous saving: CheckFreq, https://arxiv.org/abs/2103.14360
     """

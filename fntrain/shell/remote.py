@@ -18,7 +18,7 @@ class RemotePath:
     Example:
       >>> path = RemotePath.of("memory://runs/a")
       >>> path / "b", (path / "b").name, path.exists()
-      (RemotePath('memory://runs/a/b'), 'b', False)
+      (RemotePath('memory:///runs/a/b'), 'b', False)
     """
 
     fs: Any = attrs.field(eq=False)
@@ -102,7 +102,7 @@ def place(path: str | os.PathLike[str]) -> Place:
 
     Example:
       >>> place("runs/a"), place("memory://runs/a")
-      (PosixPath('runs/a'), RemotePath('memory://runs/a'))
+      (PosixPath('runs/a'), RemotePath('memory:///runs/a'))
     """
     if isinstance(path, RemotePath):
         return path

@@ -91,6 +91,7 @@ class _Lock:
 
 _held: dict[str, _Lock] = {}  # by real path: what this process holds
 _guard = threading.Lock()
+_turn = threading.RLock()  # of the threads that change what is in view: a save by hand comes beside a hook's
 
 
 @contextmanager
@@ -163,11 +164,11 @@ def _is_there(root: Path, lock: _Lock) -> bool:
 
 def _forget() -> None:
     """In a forked child: a lock must die with the process that took it, not with its data workers."""
-    global _guard
+    global _guard, _turn
     for lock in _held.values():
         os.close(lock.descriptor)
     _held.clear()
-    _guard = threading.Lock()
+    _guard, _turn = threading.Lock(), threading.RLock()
 
 
 os.register_at_fork(after_in_child=_forget)
@@ -200,23 +201,25 @@ def _write_aside(target: Path, contents: Contents, tensors: Iterable[Tensor]) ->
         partial.mkdir()
         write_files(contents, tensors, partial)
         fsync(partial)
-        if target.exists():
+        with _turn:
+            if target.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                target.rename(old)  # still found, as step_X.old, should the process end here
+            partial.rename(target)
+            fsync(target.parent)
             shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)  # still found, as step_X.old, should the process end here
-        partial.rename(target)
-        fsync(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already if it was published
 
 
 def _upload(target: RemotePath, contents: Contents, tensors: Iterable[Tensor]) -> None:
     """Write the files, the manifest last; files of a former checkpoint of this step keep their names until then."""
-    former = list(target.iterdir()) if target.is_dir() else []
-    write_files(contents, tensors, target, mark=f"-{uuid.uuid4().hex[:8]}" if former else "")
-    for path in former:
-        if path.name != MANIFEST:
-            path.remove()
+    with _turn:
+        former = list(target.iterdir()) if target.is_dir() else []
+        write_files(contents, tensors, target, mark=f"-{uuid.uuid4().hex[:8]}" if former else "")
+        for path in former:
+            if path.name != MANIFEST:
+                path.remove()
 
 
 def remove(path: Place) -> None:
@@ -233,21 +236,39 @@ def remove(path: Place) -> None:
             shutil.rmtree(doomed, ignore_errors=True)
 
 
-def retain(root: Place, newest: int, keep: Callable[[list[int]], Collection[int]]) -> None:
+def later(root: Place, step: int) -> set[int]:
+    """List the steps after this one whose checkpoints lie in a directory now.
+
+    Raises:
+      CheckpointError: the directory can't be read.
+    Example:
+      >>> later(Path("no/such/directory"), 3)
+      set()
+    """
+    try:
+        return {step_of(path) for path in root.iterdir() if _NAME.fullmatch(path.name) and step_of(path) > step}
+    except FileNotFoundError:
+        return set()
+    except OSError as error:
+        raise CheckpointError(f"{root}: can't be read: {error}") from error
+
+
+def retain(root: Place, newest: int, keep: Callable[[list[int]], Collection[int]], left: Collection[int] = ()) -> None:
     """Delete the checkpoints that are not to be kept; the newest, which is whole, always is.
 
     Args:
       root: the directory.
-      newest: the step just saved; what is later is of a branch that the run has left by a roll-back.
-      keep: the steps to keep of those given, newest first.
+      newest: the step just saved.
+      keep: the steps to keep of those up to it, newest first.
+      left: later steps, of a branch that the run had left by a roll-back when it came to that step. Others that are
+        later were saved by hand while the newest was being written.
     """
-    with writing(root):
-        found = complete(root)
-        steps = [step_of(path) for path in found if step_of(path) <= newest]
-        kept = {newest, *keep(steps)}.intersection(steps)
-        for path in found:
-            if step_of(path) not in kept:
-                remove(path)
+    with writing(root), _turn:
+        found = {step_of(path): path for path in complete(root)}
+        steps = [step for step in found if step <= newest]
+        doomed = {*steps, *left} - {newest, *keep(steps)}
+        for step in sorted(doomed.intersection(found), reverse=True):
+            remove(found[step])
 
 
 def clean(root: Place) -> None:

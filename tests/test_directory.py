@@ -110,9 +110,12 @@ def law_children(root, fork):
 
 
 def asleep():
-    """Fork a child that stays; returns its number."""
+    """Fork a child that stays; returns its number once it is there."""
+    read, write = os.pipe()
     if pid := os.fork():
+        os.read(read, 1)
         return pid
+    os.write(write, b".")
     signal.pause()
     os._exit(0)
 

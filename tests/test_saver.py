@@ -5,6 +5,7 @@ import gc
 import threading
 import time
 import weakref
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -230,13 +231,13 @@ def test_an_earlier_save_that_fails_does_not_hold_up_the_later(tmp_path, monkeyp
         return commit(root, *rest)
 
     monkeypatch.setattr(saver, "commit", failing)
-    with (
-        pytest.raises(CheckpointError, match="best: no"),
-        Saver(tmp_path / "best") as best,
-        Saver(tmp_path / "runs") as two,
-    ):
+    with ExitStack() as stack:
+        best, two = (stack.enter_context(Saver(tmp_path / name)) for name in ("best", "runs"))
         best.save(fresh(), lambda: None)
         two.save(fresh(), lambda: None)
+        two.wait()
+        with pytest.raises(CheckpointError, match="best: no"):
+            best.wait()
     assert steps(tmp_path / "runs") == [0]
 
 

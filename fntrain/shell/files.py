@@ -152,6 +152,12 @@ def read_files(
     return _decoded(path, manifest, tensors)
 
 
+def check_verify(verify: Verify) -> None:
+    """Raise ValueError for another word, before anything is read or written over."""
+    if verify not in ("full", "structure"):
+        raise ValueError(f'verify: got {verify!r}, expected "full" or "structure"')
+
+
 def check_files(path: Place, *, verify: Verify = "full") -> None:
     """Raise CheckpointError unless one checkpoint is whole; takes no memory for its tensors."""
     manifest = _read_manifest(path)
@@ -321,8 +327,6 @@ def _read_tensors(
     keep: bool = True,
 ) -> dict[str, Tensor]:
     """Read the listed tensors, on several threads; without `keep` check them only, and return them without values."""
-    if verify not in ("full", "structure"):
-        raise ValueError(f'verify: got {verify!r}, expected "full" or "structure"')
     tensors: dict[str, Tensor] = {}
     parts: list[_Part] = []
     into = into or {}

@@ -188,6 +188,7 @@ class History:
             self.last = None
             try:
                 for state in states:
+                    assert self.last is None or self.is_there(self.last), f"step {self.last} is gone"
                     if state.position > start.position + num_steps + 1:
                         break
             except Killed:

@@ -26,6 +26,7 @@ from fntrain.errors import CheckpointError
 from fntrain.shell.files import MANIFEST, Contents, check_files, write_files
 from fntrain.shell.remote import Place, RemotePath
 from fntrain.shell.tensor_file import fsync
+from fntrain.shell.upgrade import SchemaError
 
 _NAME = re.compile(r"step_(\d{8,19})(\.old)?")
 _LOCK = ".lock"
@@ -285,6 +286,8 @@ def clean(root: Place) -> None:
         published = old.with_name(old.name.removesuffix(".old"))
         try:
             check_files(published)
+        except SchemaError:
+            raise
         except CheckpointError:
             if published.exists():
                 set_aside(published, "damaged")

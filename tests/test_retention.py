@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fntrain as ft
-from fntrain import CheckpointError, TrainState
+from fntrain import TrainState
 from fntrain.shell import directory, saver
 
 module = importlib.import_module("fntrain.hooks.checkpoint")  # the function has the same name
@@ -150,7 +150,7 @@ class History:
         self.whole = {}  # by step: what was committed last and is not damaged
 
     def run(self, num_steps, every, kill_at, back):
-        """Resume, train, die at the kill_at-th deletion of a checkpoint; at its end roll back once by `back` steps."""
+        """Resume, train, die at the kill_at-th begin or end of a deletion; at its end roll back once by `back` steps."""
         start = ft.resume_or(fresh(), self.root)
         newest = max((step for step in self.whole if self.is_there(step)), default=0)
         assert start.step == newest
@@ -166,11 +166,15 @@ class History:
 
         left = [kill_at]
 
-        def removing(path):
+        def die_at_zero():
             left[0] -= 1
             if left[0] == 0:
                 raise Killed
+
+        def removing(path):
+            die_at_zero()
             directory_remove(path)
+            die_at_zero()
 
         def committing(root, contents, tensors):
             path = directory_commit(root, contents, tensors)
@@ -185,7 +189,7 @@ class History:
             hook = ft.hooks.checkpoint(self.root, every=every, asynchronous=False, **self.options)
             hooks = [scored(SCORES * 99), ft.hook(after_step=roll_back), hook]
             states = ft.states(step_fn, hooks, state=start, data=iter([1.0] * 99), max_steps=start.step + num_steps + 1)
-            self.last = None
+            self.last = start.step or None
             try:
                 for state in states:
                     assert self.last is None or self.is_there(self.last), f"step {self.last} is gone"
@@ -202,13 +206,17 @@ class History:
         return (self.root / directory.name_of(step)).exists()
 
     def check(self):
-        """The last one committed is there, whole, and a run can be resumed from the newest."""
+        """The last one committed, or the one begun from, is there, whole, and a run can be resumed from the newest."""
         if self.last is not None:
             assert self.is_there(self.last), f"step {self.last} is gone"
             assert ft.digest(ft.load(self.root / directory.name_of(self.last))) == self.whole[self.last]
         if self.whole:
             resumed = ft.resume_or(fresh(), self.root)
             assert ft.digest(resumed) == self.whole[resumed.step]
+
+    def change(self, options):
+        """Other rules from now on."""
+        self.options = options
 
     def damage(self, nth):
         """A bit flips in the n-th newest, unless it is the only whole one."""
@@ -221,7 +229,7 @@ class History:
             del self.whole[step]
 
 
-RUN = st.tuples(st.just("run"), st.integers(1, 5), st.integers(1, 3), st.integers(0, 6), st.integers(0, 3))
+RUN = st.tuples(st.just("run"), st.integers(1, 5), st.integers(1, 3), st.integers(0, 9), st.integers(0, 3))
 HISTORIES = st.lists(st.one_of(RUN, RUN, st.tuples(st.just("damage"), st.integers(0, 2))), min_size=1, max_size=6)
 OPTIONS = st.fixed_dictionaries(
     {},
@@ -265,22 +273,22 @@ def delete_first(root, contents, tensors):
 
 def test_law_history_can_fail(tmp_path, monkeypatch):
     """Retention by numbers alone, one that counts a damaged one, and deleting before the commit are refused."""
-    back = [("run", 4, 1, 0, 3)]  # at step 4 back to 1: what is saved then has a lower number
-    dies = [("run", 2, 1, 0, 0), ("run", 2, 1, 1, 0)]
-    spoilt = [("run", 3, 1, 0, 0), ("damage", 0), ("run", 1, 1, 0, 0)]
+    back = [("run", 4, 1, 0, 3)]  # at position 4 back to step 1: what is saved then has a lower number
+    dies = [("run", 2, 1, 0, 0), ("run", 2, 1, 2, 0)]
+    spoilt = [("run", 5, 2, 0, 0), ("damage", 0), ("change", {"keep_last": 1}), ("run", 1, 1, 0, 0)]
     for history in (back, dies, spoilt):
-        law_history(tmp_path / "runs", {"keep_last": 1}, history)
+        law_history(tmp_path / "runs", {"keep_last": 2}, history)
     with monkeypatch.context() as patch:
         patch.setattr(module, "retain", by_number)
-        with pytest.raises(AssertionError, match="is gone"):
-            law_history(tmp_path / "runs", {"keep_last": 1}, back)
+        with pytest.raises(AssertionError, match="step 1 is gone"):
+            law_history(tmp_path / "runs", {"keep_last": 2}, back)
         patch.setattr(module, "refuse_later", lambda root, state: None)
-        with pytest.raises((AssertionError, CheckpointError)):
-            law_history(tmp_path / "runs", {"keep_last": 1}, spoilt)
+        with pytest.raises(AssertionError, match="step 5 is gone"):
+            law_history(tmp_path / "runs", {"keep_last": 2}, spoilt)
     with monkeypatch.context() as patch:
         patch.setattr(saver, "commit", delete_first)
-        with pytest.raises((AssertionError, CheckpointError)):
-            law_history(tmp_path / "runs", {"keep_last": 1}, dies)
+        with pytest.raises(AssertionError, match="step 3 is gone"):
+            law_history(tmp_path / "runs", {"keep_last": 2}, dies)
 
 
 # best_checkpoint.

@@ -90,8 +90,8 @@ def header(tensors: Mapping[str, tuple[str, list[int]]], metadata: Mapping[str, 
     end = 0
     for name, (dtype, shape) in tensors.items():
         begin, end = end, end + nbytes(dtype, shape)
-        if dtype == "float4_e2m1fn_x2" and shape:
-            shape = [*shape[:-1], shape[-1] * 2]  # two numbers a byte: torch counts the bytes, the format the numbers
+        if dtype == "float4_e2m1fn_x2":  # two numbers a byte: torch counts the bytes, the format the numbers
+            shape = [*shape[:-1], shape[-1] * 2] if shape else [2]
         listed[name] = {"dtype": DTYPES[dtype][1], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(listed, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin aligned

@@ -13,7 +13,7 @@ from fntrain import gates
 from fntrain.check import whole
 from fntrain.errors import CheckpointError
 from fntrain.hook import AnyHook, Hook, hook, resource
-from fntrain.shell.directory import candidates, complete, later, remove, retain, set_aside, step_of
+from fntrain.shell.directory import complete, later, readable, remove, retain, set_aside, step_of
 from fntrain.shell.files import check_files
 from fntrain.shell.remote import Place, place
 from fntrain.shell.saver import Saver
@@ -285,7 +285,7 @@ def score(state: TrainState, metric: str) -> float | None:
 
 def refuse_later(root: Place, state: TrainState) -> None:
     """Refuse a directory from which another state than this run's would be resumed; damaged ones are put aside."""
-    for path in candidates(root):
+    for path in readable(root):
         if step_of(path) <= state.step:
             return
         try:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fntrain.errors import CheckpointError
 from fntrain.lease import FIELDS, Leased
-from fntrain.shell.directory import candidates, commit, complete
+from fntrain.shell.directory import commit, complete, readable
 from fntrain.shell.files import MANIFEST, MODEL, TRAIN, Contents, Verify, check_files, check_verify, read_files
-from fntrain.shell.remote import Place, RemotePath, place
+from fntrain.shell.remote import Place, place
 from fntrain.shell.upgrade import SchemaError
 from fntrain.state import TrainState, named_leaves
 
@@ -160,9 +160,7 @@ def newest(root: Place, read: Callable[[Place], T]) -> tuple[Place, T] | None:
       CheckpointError: there are some, and none can be read; or one is of a later schema, which is no damage.
     """
     problems = []
-    for path in candidates(root):
-        if isinstance(root, RemotePath) and not (path / MANIFEST).exists():
-            continue  # an upload that was never finished
+    for path in readable(root):
         try:
             return path, read(path)
         except SchemaError:

@@ -69,6 +69,18 @@ def candidates(root: Place) -> list[Place]:
     return sorted(found, key=lambda path: (-step_of(path), path.name))
 
 
+def readable(root: Place) -> list[Place]:
+    """List what should be a checkpoint, newest first: on an object store only what has a manifest.
+
+    There an upload that never ended has none, nor has one put aside; on a disk it is damage to have none.
+
+    Example:
+      >>> readable(Path("no/such/directory"))
+      []
+    """
+    return [path for path in candidates(root) if not isinstance(path, RemotePath) or (path / MANIFEST).is_file()]
+
+
 def complete(root: Place) -> list[Place]:
     """List the checkpoints in view, newest first: those with a manifest, one for each step.
 

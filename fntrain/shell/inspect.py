@@ -14,9 +14,9 @@ from torch import Tensor
 from fntrain import tree
 from fntrain.errors import CheckpointError
 from fntrain.shell.checkpoint import latest, load
-from fntrain.shell.directory import candidates
+from fntrain.shell.directory import readable
 from fntrain.shell.files import MANIFEST, check_files
-from fntrain.shell.remote import Place, RemotePath, place
+from fntrain.shell.remote import Place, place
 from fntrain.shell.weights import read_weights
 from fntrain.state import named_leaves
 from fntrain.tree import Leaf
@@ -129,7 +129,7 @@ def verify(directory: str | os.PathLike[str]) -> tuple[Verdict, ...]:
       [None]
     """
     root = place(directory)
-    found = [root] if _is_checkpoint(root) else [path for path in candidates(root) if not _is_unfinished(path)]
+    found = [root] if _is_checkpoint(root) else readable(root)
     if not found:
         raise CheckpointError(f"{root}: " + ("holds no checkpoints" if root.is_dir() else "no such directory"))
     return tuple(Verdict(path=path, problem=_problem(path)) for path in found)
@@ -148,11 +148,6 @@ def source(path: str | os.PathLike[str]) -> Place:
 
 def _is_checkpoint(path: Place) -> bool:
     return (path / MANIFEST).exists()
-
-
-def _is_unfinished(path: Place) -> bool:
-    """On an object store what has no manifest is an upload that never ended; on a disk it has lost its manifest."""
-    return isinstance(path, RemotePath) and not _is_checkpoint(path)
 
 
 def _leaves(path: Place) -> dict[str, Leaf]:

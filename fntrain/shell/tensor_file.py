@@ -131,8 +131,11 @@ class Writer:
             view = view[count:]
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if isinstance(self.path, RemotePath):
+            self.path.finish(self.file, whole=kind is None)
+            return
         try:
-            if kind is None and not isinstance(self.path, RemotePath):
+            if kind is None:
                 os.fsync(self.file.fileno())
         finally:
             self.file.close()

@@ -287,13 +287,11 @@ def _check_order(singles: list[Gated]) -> None:
     if twice := sorted(valfilter(lambda count: count > 1, counts)):
         raise ValueError(f"hooks: two hooks are named {', '.join(twice)}; give each a name of its own (name=...)")
     saver = writer = None
-    for hook in (single.hook for single in singles):
-        if saver is not None and hook.init is not None and hook.saves:
-            raise ValueError(
-                f"hooks: {saver!r} and {hook.name!r} save and {hook.name!r} remembers what it saved, which the other "
-                "would save one step old; keep what you want of several metrics by keep_best of one hooks.checkpoint"
-            )
-        if saver is not None and hook.init is not None:
+    final = False  # whether a saver saves at the end, so that the run is resumed from what it saved
+    for single in singles:
+        hook = single.hook
+        # Savers with memory (of the best score) may follow each other, before the one that saves at the end.
+        if saver is not None and hook.init is not None and (final or not hook.saves):
             raise ValueError(
                 f"hooks: {hook.name!r} has memory and is listed after {saver!r}, which would save that memory "
                 f"one step old; list {hook.name!r} before it"
@@ -304,6 +302,7 @@ def _check_order(singles: list[Gated]) -> None:
                 f"list {hook.name!r} before it"
             )
         saver = hook.name if hook.saves else saver
+        final |= hook.saves and single.at_end
         writer = hook.name if hook.writes else writer
 
 

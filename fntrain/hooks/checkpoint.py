@@ -13,7 +13,7 @@ from fntrain import gates
 from fntrain.check import whole
 from fntrain.errors import CheckpointError
 from fntrain.hook import AnyHook, Hook, hook, resource
-from fntrain.shell.directory import candidates, complete, remove, retain, set_aside, step_of
+from fntrain.shell.directory import complete, later, readable, remove, retain, set_aside, step_of
 from fntrain.shell.files import check_files
 from fntrain.shell.remote import Place, place
 from fntrain.shell.saver import Saver
@@ -100,7 +100,8 @@ class _Live:
 
     def write(self, state: TrainState, keep: Callable[[list[int]], Collection[int]]) -> None:
         step = state.step  # not the state: it would live until it is on the disk
-        self.saver.save(state, lambda: retain(self.saver.root, step, keep))
+        left = later(self.saver.root, step)  # now: what comes while the thread writes is of no branch left
+        self.saver.save(state, lambda: retain(self.saver.root, step, keep, left))
 
 
 class _Periodic(_Live):
@@ -157,8 +158,8 @@ def checkpoint(
       CheckpointError: (when the run starts) the directory can't be written, is in use, or holds a later step than the
         start; (while it runs) a save failed.
     Example:
-      >>> checkpoint("runs/digits", every=500, keep_last=3).name
-      'checkpoint'
+      >>> checkpoint("runs/digits", every=500, keep_last=3).every
+      500
 
     Source: detectron2's PeriodicCheckpointer; asynchronous saving: CheckFreq, https://arxiv.org/abs/2103.14360
     """
@@ -284,7 +285,7 @@ def score(state: TrainState, metric: str) -> float | None:
 
 def refuse_later(root: Place, state: TrainState) -> None:
     """Refuse a directory from which another state than this run's would be resumed; damaged ones are put aside."""
-    for path in candidates(root):
+    for path in readable(root):
         if step_of(path) <= state.step:
             return
         try:

@@ -6,6 +6,7 @@ background.
 
 import logging
 import os
+from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from fntrain.errors import CheckpointError
 from fntrain.lease import FIELDS, Leased
-from fntrain.shell.directory import candidates, commit, complete
-from fntrain.shell.files import MANIFEST, MODEL, TRAIN, Contents, Verify, check_files, read_files
-from fntrain.shell.remote import Place, RemotePath, place
+from fntrain.shell.directory import commit, complete, readable
+from fntrain.shell.files import MANIFEST, MODEL, TRAIN, Contents, Verify, check_files, check_verify, read_files
+from fntrain.shell.remote import Place, place
 from fntrain.shell.upgrade import SchemaError
 from fntrain.state import TrainState, named_leaves
 
@@ -53,28 +54,38 @@ def load(path: str | os.PathLike[str], *, into: TrainState | None = None, verify
     Args:
       path: a `step_XXXXXXXX` directory.
       into: a state whose memory is used again: tensors of the same path, shape and dtype are written over, wherever
-        they are. It is consumed; if the checkpoint is damaged, its values are lost.
+        they are; of those that share memory the first. It is consumed; if the checkpoint is damaged, its values are
+        lost.
       verify: "full" checks every byte; "structure" all but the values of the tensors.
     Raises:
+      ValueError: `verify` is none of the two.
       CheckpointError: missing, truncated, damaged or of a later schema; the message names file and leaf.
     Example:
       >>> load("no/such/step_00000001")
       Traceback (most recent call last):
       fntrain.errors.CheckpointError: no/such/step_00000001/state.json: no such file; not a complete checkpoint
     """
+    check_verify(verify)
     if into is None:
         return read_files(place(path), verify=verify)
-    memory = {leaf: value for leaf, value in named_leaves(into) if isinstance(value, Tensor)}
+    memory = _apart({leaf: value for leaf, value in named_leaves(into) if isinstance(value, Tensor)})
     homes = {}
     for field in FIELDS:
         mapping: Any = getattr(into, field)
         if type(mapping) is Leased:
             homes[field] = mapping.home
-            mapping.home.end(f"ft.load({os.fspath(path)!r}, into=...)", field)
+    names = {field: {f"{field}.{name}" for name in getattr(into, field)} for field in homes if field != "opt_state"}
+    for field, home in homes.items():
+        home.end(f"ft.load({os.fspath(path)!r}, into=...)", field)
     loaded = read_files(place(path), verify=verify, into=memory)
-    return loaded.replace(
-        **{field: Leased(dict(getattr(loaded, field)), home, field, loaded.step) for field, home in homes.items()}
-    )
+    leased = {}
+    for field, home in homes.items():
+        tensors = dict(getattr(loaded, field))
+        # The module's memory only if nothing of it lies elsewhere: a step in place would not look.
+        here = {f"{field}.{name}" for name in tensors if memory.get(f"{field}.{name}") is tensors[name]}
+        if field == "opt_state" or here == names[field]:
+            leased[field] = Leased(tensors, home, field, loaded.step)
+    return loaded.replace(**leased)
 
 
 def latest(directory: str | os.PathLike[str], *, verify: Verify = "structure") -> Place | None:
@@ -86,11 +97,13 @@ def latest(directory: str | os.PathLike[str], *, verify: Verify = "structure") -
       directory: of the run's checkpoints; may not exist.
       verify: "structure" checks all but the values of the tensors; "full" reads every byte.
     Raises:
+      ValueError: `verify` is none of the two.
       CheckpointError: all are damaged, or the newest is of a later schema.
     Example:
       >>> latest("no/such/directory") is None
       True
     """
+    check_verify(verify)
     found = newest(place(directory), lambda path: check_files(path, verify=verify))
     return found and found[0]
 
@@ -118,6 +131,7 @@ def resume_or(state: TrainState, directory: str | os.PathLike[str], *, verify: V
       directory: of the run's checkpoints; may not exist yet. A path, or a URL that fsspec knows.
       verify: "full" checks every byte; "structure" all but the values of the tensors.
     Raises:
+      ValueError: `verify` is none of the two.
       CheckpointError: all checkpoints are damaged, or the newest intact one is of another model or seed, or of a later
         schema.
     Example:
@@ -125,6 +139,7 @@ def resume_or(state: TrainState, directory: str | os.PathLike[str], *, verify: V
       >>> resume_or(state, "no/such/directory") is state
       True
     """
+    check_verify(verify)
     root = place(directory)
     if root.is_file() or (root / MANIFEST).exists():
         raise CheckpointError(f"{root}: is no directory of checkpoints; give the one that holds the step_... ones")
@@ -145,9 +160,7 @@ def newest(root: Place, read: Callable[[Place], T]) -> tuple[Place, T] | None:
       CheckpointError: there are some, and none can be read; or one is of a later schema, which is no damage.
     """
     problems = []
-    for path in candidates(root):
-        if isinstance(root, RemotePath) and not (path / MANIFEST).exists():
-            continue  # an upload that was never finished
+    for path in readable(root):
         try:
             return path, read(path)
         except SchemaError:
@@ -161,6 +174,35 @@ def newest(root: Place, read: Callable[[Place], T]) -> tuple[Place, T] | None:
             + "\n  ".join(problems)
         )
     return None
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that can be written one by one: an average may have begun as the parameters themselves."""
+    apart: dict[str, Tensor] = {}
+    taken: dict[torch.device, list[tuple[int, int]]] = {}
+    for leaf, tensor in tensors.items():
+        length = _length(tensor)
+        if length is None or tensor.is_meta:
+            continue
+        begin, others = tensor.data_ptr(), taken.setdefault(tensor.device, [])
+        end = begin + length * tensor.element_size()
+        at = bisect(others, (begin, end))
+        if begin == end or ((not at or others[at - 1][1] <= begin) and (at == len(others) or end <= others[at][0])):
+            apart[leaf] = tensor
+            if begin < end:
+                others.insert(at, (begin, end))
+    return apart
+
+
+def _length(tensor: Tensor) -> int | None:
+    """Elements from the first to the last, gaps counted; None if some may lie on one another."""
+    length = int(tensor.numel() > 0)
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and length:
+            if stride < length:
+                return None
+            length += stride * (size - 1)
+    return length
 
 
 def _fitted(loaded: TrainState, like: TrainState, path: Place) -> TrainState:

@@ -26,6 +26,7 @@ from fntrain.errors import CheckpointError
 from fntrain.shell.files import MANIFEST, Contents, check_files, write_files
 from fntrain.shell.remote import Place, RemotePath
 from fntrain.shell.tensor_file import fsync
+from fntrain.shell.upgrade import SchemaError
 
 _NAME = re.compile(r"step_(\d{8,19})(\.old)?")
 _LOCK = ".lock"
@@ -68,6 +69,18 @@ def candidates(root: Place) -> list[Place]:
     return sorted(found, key=lambda path: (-step_of(path), path.name))
 
 
+def readable(root: Place) -> list[Place]:
+    """List what should be a checkpoint, newest first: on an object store only what has a manifest.
+
+    There an upload that never ended has none, nor has one put aside; on a disk it is damage to have none.
+
+    Example:
+      >>> readable(Path("no/such/directory"))
+      []
+    """
+    return [path for path in candidates(root) if not isinstance(path, RemotePath) or (path / MANIFEST).is_file()]
+
+
 def complete(root: Place) -> list[Place]:
     """List the checkpoints in view, newest first: those with a manifest, one for each step.
 
@@ -91,6 +104,7 @@ class _Lock:
 
 _held: dict[str, _Lock] = {}  # by real path: what this process holds
 _guard = threading.Lock()
+_turn = threading.RLock()  # of the threads that change what is in view: a save by hand comes beside a hook's
 
 
 @contextmanager
@@ -163,11 +177,11 @@ def _is_there(root: Path, lock: _Lock) -> bool:
 
 def _forget() -> None:
     """In a forked child: a lock must die with the process that took it, not with its data workers."""
-    global _guard
+    global _guard, _turn
     for lock in _held.values():
         os.close(lock.descriptor)
     _held.clear()
-    _guard = threading.Lock()
+    _guard, _turn = threading.Lock(), threading.RLock()
 
 
 os.register_at_fork(after_in_child=_forget)
@@ -200,23 +214,25 @@ def _write_aside(target: Path, contents: Contents, tensors: Iterable[Tensor]) ->
         partial.mkdir()
         write_files(contents, tensors, partial)
         fsync(partial)
-        if target.exists():
+        with _turn:
+            if target.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                target.rename(old)  # still found, as step_X.old, should the process end here
+            partial.rename(target)
+            fsync(target.parent)
             shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)  # still found, as step_X.old, should the process end here
-        partial.rename(target)
-        fsync(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already if it was published
 
 
 def _upload(target: RemotePath, contents: Contents, tensors: Iterable[Tensor]) -> None:
     """Write the files, the manifest last; files of a former checkpoint of this step keep their names until then."""
-    former = list(target.iterdir()) if target.is_dir() else []
-    write_files(contents, tensors, target, mark=f"-{uuid.uuid4().hex[:8]}" if former else "")
-    for path in former:
-        if path.name != MANIFEST:
-            path.remove()
+    with _turn:
+        former = list(target.iterdir()) if target.is_dir() else []
+        write_files(contents, tensors, target, mark=f"-{uuid.uuid4().hex[:8]}" if former else "")
+        for path in former:
+            if path.name != MANIFEST:
+                path.remove()
 
 
 def remove(path: Place) -> None:
@@ -233,21 +249,39 @@ def remove(path: Place) -> None:
             shutil.rmtree(doomed, ignore_errors=True)
 
 
-def retain(root: Place, newest: int, keep: Callable[[list[int]], Collection[int]]) -> None:
+def later(root: Place, step: int) -> set[int]:
+    """List the steps after this one whose checkpoints lie in a directory now.
+
+    Raises:
+      CheckpointError: the directory can't be read.
+    Example:
+      >>> later(Path("no/such/directory"), 3)
+      set()
+    """
+    try:
+        return {step_of(path) for path in root.iterdir() if _NAME.fullmatch(path.name) and step_of(path) > step}
+    except FileNotFoundError:
+        return set()
+    except OSError as error:
+        raise CheckpointError(f"{root}: can't be read: {error}") from error
+
+
+def retain(root: Place, newest: int, keep: Callable[[list[int]], Collection[int]], left: Collection[int] = ()) -> None:
     """Delete the checkpoints that are not to be kept; the newest, which is whole, always is.
 
     Args:
       root: the directory.
-      newest: the step just saved; what is later is of a branch that the run has left by a roll-back.
-      keep: the steps to keep of those given, newest first.
+      newest: the step just saved.
+      keep: the steps to keep of those up to it, newest first.
+      left: later steps, of a branch that the run had left by a roll-back when it came to that step. Others that are
+        later were saved by hand while the newest was being written.
     """
-    with writing(root):
-        found = complete(root)
-        steps = [step_of(path) for path in found if step_of(path) <= newest]
-        kept = {newest, *keep(steps)}.intersection(steps)
-        for path in found:
-            if step_of(path) not in kept:
-                remove(path)
+    with writing(root), _turn:
+        found = {step_of(path): path for path in complete(root)}
+        steps = [step for step in found if step <= newest]
+        doomed = {*steps, *left} - {newest, *keep(steps)}
+        for step in sorted(doomed.intersection(found), reverse=True):
+            remove(found[step])
 
 
 def clean(root: Place) -> None:
@@ -264,6 +298,8 @@ def clean(root: Place) -> None:
         published = old.with_name(old.name.removesuffix(".old"))
         try:
             check_files(published)
+        except SchemaError:
+            raise
         except CheckpointError:
             if published.exists():
                 set_aside(published, "damaged")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fntrain import tree
 from fntrain.errors import CheckpointError
-from fntrain.shell.remote import Place
+from fntrain.shell.remote import Place, RemotePath
 from fntrain.shell.tensor_file import DTYPES, PART, Reader, Writer, crc32, crc32_parts, header, nbytes
 from fntrain.shell.upgrade import SCHEMA, upgraded
 from fntrain.state import SAVED, TrainState, saved_fields
@@ -124,8 +124,13 @@ def write_files(contents: Contents, tensors: Iterable[Tensor], place: Place, mar
         "tensors": entries,
     }
     text = json.dumps(manifest, allow_nan=False).encode()
-    with Writer(place / MANIFEST) as out:
-        out.write(b'{"crc32": %d, "manifest": %s}' % (crc32(text), text))
+    sealed = b'{"crc32": %d, "manifest": %s}' % (crc32(text), text)
+    manifest_file = place / MANIFEST
+    if isinstance(manifest_file, RemotePath):
+        manifest_file.write_bytes(sealed)  # at once: a part of it would be in the former one's place
+    else:
+        with Writer(manifest_file) as out:
+            out.write(sealed)
 
 
 def read_files(
@@ -150,6 +155,12 @@ def read_files(
             if "device" in entry:
                 tensors[leaf] = tensors[leaf].to(device)
     return _decoded(path, manifest, tensors)
+
+
+def check_verify(verify: Verify) -> None:
+    """Raise ValueError for another word, before anything is read or written over."""
+    if verify not in ("full", "structure"):
+        raise ValueError(f'verify: got {verify!r}, expected "full" or "structure"')
 
 
 def check_files(path: Place, *, verify: Verify = "full") -> None:
@@ -321,8 +332,6 @@ def _read_tensors(
     keep: bool = True,
 ) -> dict[str, Tensor]:
     """Read the listed tensors, on several threads; without `keep` check them only, and return them without values."""
-    if verify not in ("full", "structure"):
-        raise ValueError(f'verify: got {verify!r}, expected "full" or "structure"')
     tensors: dict[str, Tensor] = {}
     parts: list[_Part] = []
     into = into or {}

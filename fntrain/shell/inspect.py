@@ -14,7 +14,7 @@ from torch import Tensor
 from fntrain import tree
 from fntrain.errors import CheckpointError
 from fntrain.shell.checkpoint import latest, load
-from fntrain.shell.directory import candidates
+from fntrain.shell.directory import readable
 from fntrain.shell.files import MANIFEST, check_files
 from fntrain.shell.remote import Place, place
 from fntrain.shell.weights import read_weights
@@ -129,7 +129,7 @@ def verify(directory: str | os.PathLike[str]) -> tuple[Verdict, ...]:
       [None]
     """
     root = place(directory)
-    found = [root] if _is_checkpoint(root) else [path for path in candidates(root) if (path / MANIFEST).is_file()]
+    found = [root] if _is_checkpoint(root) else readable(root)
     if not found:
         raise CheckpointError(f"{root}: " + ("holds no checkpoints" if root.is_dir() else "no such directory"))
     return tuple(Verdict(path=path, problem=_problem(path)) for path in found)

@@ -3,6 +3,7 @@
 fsspec, which torch brings, does the work; what it needs for a protocol (s3fs, gcsfs) is for the user to install.
 """
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ class RemotePath:
     Example:
       >>> path = RemotePath.of("memory://runs/a")
       >>> path / "b", (path / "b").name, path.exists()
-      (RemotePath('memory://runs/a/b'), 'b', False)
+      (RemotePath('memory:///runs/a/b'), 'b', False)
     """
 
     fs: Any = attrs.field(eq=False)
@@ -80,8 +81,21 @@ class RemotePath:
         """Open the file for writing; on an object store it is there once it is closed."""
         return self.fs.open(self.url, "wb")  # type: ignore[no-any-return]
 
+    def finish(self, file: Any, *, whole: bool) -> None:
+        """Close a file made by `create`; if its writing failed, so that no part of it is there, where that can be."""
+        from fsspec.spec import AbstractBufferedFile
+
+        if not whole and isinstance(file, AbstractBufferedFile):
+            file.closed = True  # to close it, or to collect it open, would end the upload
+            file.discard()
+        else:
+            file.close()
+
     def size(self) -> int:
-        return int(self.fs.size(self.url))
+        try:
+            return int(self.fs.size(self.url))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.url) from error
 
     def read_into(self, start: int, view: memoryview) -> int:
         """Read from `start` on to fill the view; returns the number of bytes that were there."""
@@ -98,13 +112,13 @@ Place = Path | RemotePath
 
 
 def place(path: str | os.PathLike[str]) -> Place:
-    """Return the path of a directory or file, on the local file system or another.
+    """Return the path of a directory or file, on the local file system (file:// too) or another.
 
     Example:
       >>> place("runs/a"), place("memory://runs/a")
-      (PosixPath('runs/a'), RemotePath('memory://runs/a'))
+      (PosixPath('runs/a'), RemotePath('memory:///runs/a'))
     """
     if isinstance(path, RemotePath):
         return path
-    text = os.fspath(path)
+    text = os.fspath(path).removeprefix("file://")
     return RemotePath.of(text) if "://" in text else Path(text)

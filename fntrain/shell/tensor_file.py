@@ -75,7 +75,8 @@ def _crc32() -> Callable[[Buffer, int], int]:
         from isal.isal_zlib import crc32 as fast
     except ImportError:
         return zlib.crc32  # the same number
-    return fast
+    known: Callable[[Buffer, int], int] = fast  # has types only where it is installed
+    return known
 
 
 def header(tensors: Mapping[str, tuple[str, list[int]]], metadata: Mapping[str, str]) -> bytes:
@@ -89,8 +90,8 @@ def header(tensors: Mapping[str, tuple[str, list[int]]], metadata: Mapping[str, 
     end = 0
     for name, (dtype, shape) in tensors.items():
         begin, end = end, end + nbytes(dtype, shape)
-        if dtype == "float4_e2m1fn_x2" and shape:
-            shape = [*shape[:-1], shape[-1] * 2]  # two numbers a byte: torch counts the bytes, the format the numbers
+        if dtype == "float4_e2m1fn_x2":  # two numbers a byte: torch counts the bytes, the format the numbers
+            shape = [*shape[:-1], shape[-1] * 2] if shape else [2]
         listed[name] = {"dtype": DTYPES[dtype][1], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(listed, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin aligned
@@ -130,8 +131,11 @@ class Writer:
             view = view[count:]
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if isinstance(self.path, RemotePath):
+            self.path.finish(self.file, whole=kind is None)
+            return
         try:
-            if kind is None and not isinstance(self.path, RemotePath):
+            if kind is None:
                 os.fsync(self.file.fileno())
         finally:
             self.file.close()

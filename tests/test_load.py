@@ -1,0 +1,230 @@
+"""Reading with "full" and "structure": what each finds; reading into the memory of a state; resuming into a module's."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+from cases import batches, make, same, square_loss
+
+import fntrain as ft
+from fntrain import CheckpointError, TrainState
+
+LOADS = {
+    "load": lambda root, verify: ft.load(root / "step_00000002", verify=verify),
+    "load into": lambda root, verify: ft.load(root / "step_00000002", into=make_state(0), verify=verify),
+    "latest": lambda root, verify: ft.latest(root, verify=verify),
+    "resume_or": lambda root, verify: ft.resume_or(make_state(0), root, verify=verify),
+}
+
+
+def make_state(step=0, **fields):
+    filled = {
+        "params": {"a": torch.full((3, 4), float(step)), "b": torch.full((4, 2), float(step)).t()},
+        "buffers": {"mean": torch.full((2,), float(step))},
+        "extra": {"ema": {"a": torch.full((3, 4), -float(step))}, "note": "warm"},
+    }
+    return TrainState(**{"step": step, "position": step, "seed": 7, **filled, **fields})
+
+
+@pytest.fixture
+def root(tmp_path):
+    for step in (1, 2):
+        ft.save(make_state(step), tmp_path)
+    return tmp_path
+
+
+def flip(file, where):
+    raw = bytearray(file.read_bytes())
+    raw[where] ^= 1
+    file.write_bytes(raw)
+
+
+DAMAGE = {
+    "value of the model": lambda path: flip(path / "model.safetensors", -1),
+    "value of another": lambda path: flip(path / "train.safetensors", -1),
+    "header": lambda path: flip(path / "model.safetensors", 20),
+    "manifest": lambda path: flip(path / "state.json", 50),
+    "cut": lambda path: (path / "train.safetensors").write_bytes((path / "train.safetensors").read_bytes()[:-1]),
+    "longer": lambda path: (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes() + b"x"),
+    "missing": lambda path: (path / "model.safetensors").unlink(),
+    "mixed up": lambda path: shutil.copy(path / "train.safetensors", path / "model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("verify", ["full", "structure"])
+@pytest.mark.parametrize("name", LOADS)
+def test_what_verify_finds(root, caplog, name, verify, damage):
+    """ "full" finds all damage; "structure" all but in the values of tensors. latest and resume_or pass over it."""
+    DAMAGE[damage](root / "step_00000002")
+    found = verify == "full" or not damage.startswith("value")
+    with caplog.at_level(logging.WARNING, logger="fntrain"):
+        if found and name.startswith("load"):
+            with pytest.raises(CheckpointError, match="step_00000002"):
+                LOADS[name](root, verify)
+            return
+        result = LOADS[name](root, verify)
+    step = 1 if found else 2
+    assert result.name == f"step_{step:08d}" if name == "latest" else result.step == step
+    assert ("step_00000002" in caplog.text) == found
+
+
+def test_what_is_looked_at_by_default(root):
+    """load and resume_or believe nothing; latest, which returns a path, does not read the values."""
+    DAMAGE["value of the model"](root / "step_00000002")
+    assert ft.latest(root).name == "step_00000002"
+    assert ft.resume_or(make_state(0), root).step == 1
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .* is damaged"):
+        ft.load(root / "step_00000002")
+
+
+def test_latest_raises_when_all_are_damaged(root):
+    """None means that there is nothing; a directory with nothing whole is an error that names all."""
+    for step in (1, 2):
+        DAMAGE["missing"](root / f"step_0000000{step}")
+    with pytest.raises(CheckpointError, match=r"(?s)all 2 checkpoints are damaged.*step_00000002.*step_00000001"):
+        ft.latest(root)
+
+
+@pytest.mark.parametrize("name", LOADS)
+@pytest.mark.parametrize("value", ["none", "Full", None, True])
+def test_a_wrong_value_of_verify_is_refused(root, tmp_path, name, value):
+    """Also where there is nothing to read, and before the memory of a state is touched."""
+    for place in (root, tmp_path / "none"):
+        with pytest.raises(ValueError, match="verify: got"):
+            LOADS[name](place, value)
+    model = make("mlp")
+    state = ft.init_state(model, ft.optimizer(torch.optim.SGD, lr=0.1))
+    with pytest.raises(ValueError, match="verify: got"):
+        ft.load(root / "step_00000002", into=state, verify=value)
+    assert state == ft.init_state(model, ft.optimizer(torch.optim.SGD, lr=0.1))
+
+
+# load(into=state).
+
+
+def addresses(state):
+    return {leaf: value.data_ptr() for leaf, value in ft.named_leaves(state) if isinstance(value, torch.Tensor)}
+
+
+@pytest.mark.parametrize("verify", ["full", "structure"])
+def test_the_memory_of_a_state_is_used_again(root, verify):
+    """Every tensor of the same path, shape and dtype is written over, whatever its layout."""
+    into = make_state(0)
+    wide = torch.zeros(6, 8)
+    into = into.replace(params={"a": wide[::2, ::2], "b": torch.zeros(2, 4)})
+    before = addresses(into)
+    loaded = ft.load(root / "step_00000002", into=into, verify=verify)
+    assert loaded == make_state(2)
+    assert addresses(loaded) == before
+    assert loaded.params["a"].stride() == (16, 2)
+    assert wide.sum() == 24  # and nothing beside it
+
+
+def test_what_is_of_another_kind_gets_memory_of_its_own(root):
+    """A leaf of another shape, dtype or name is read to new memory, and the old one stays as it was."""
+    into = make_state(0, params={"a": torch.zeros(4, 3), "b": torch.zeros(2, 4).double()}, extra={})
+    loaded = ft.load(root / "step_00000002", into=into)
+    assert loaded == make_state(2)
+    assert into.params["a"].abs().sum() == into.params["b"].abs().sum() == 0
+    kept = {leaf for leaf, place in addresses(loaded).items() if place in addresses(into).values()}
+    assert kept == {"buffers.mean"}
+
+
+def test_memory_that_two_leaves_share_is_used_for_one(root):
+    """An average that began as the parameters themselves, an expanded tensor, overlapping views: all bits are right."""
+    base = torch.zeros(40)
+    shared = base[:12].view(3, 4)
+    overlapping = {
+        "the same": {"params": {"a": shared, "b": base[12:20].view(4, 2).t()}, "extra": {"ema": {"a": shared}}},
+        "partly": {"params": {"a": shared, "b": base[8:16].view(2, 4)}},
+        "expanded": {"params": {"a": torch.zeros(1, 4).expand(3, 4), "b": torch.zeros(2, 4)}},
+        "interleaved": {"params": {"a": base.view(-1, 10)[:3, :8:2], "b": base.view(-1, 10)[:2, 1:9:2]}},
+    }
+    for name, fields in overlapping.items():
+        assert ft.load(root / "step_00000002", into=make_state(0, **fields)) == make_state(2), name
+
+
+def adam():
+    return ft.optimizer(torch.optim.AdamW, lr=0.05, fused=True)
+
+
+@pytest.mark.parametrize("name", ["mlp", "dropout", "batchnorm", "channels_last", "tied", "foreign_stride"])
+def test_training_in_place_goes_on_from_it(tmp_path, name):
+    """A state on a module's memory is consumed; the loaded one lies there, and trains on exactly."""
+    data = batches(name, 6)
+    pure = ft.supervised_step(make(name), square_loss, adam())
+    whole = ft.fit(pure, state=ft.init_state(pure.model, adam()), data=iter(data), max_steps=6)
+    model = make(name)
+    step = ft.shell.in_place(ft.supervised_step(model, square_loss, adam()))
+    half = ft.fit(step, state=ft.init_state(model, adam()), data=iter(data), max_steps=3)
+    path = ft.save(half, tmp_path)
+    later = ft.fit(step, state=half, data=iter(data[3:]), max_steps=5)
+    before = addresses(later)
+    loaded = ft.load(path, into=later)
+    with pytest.raises(ft.StateConsumedError, match="ft.load"):
+        later.params["any"]
+    assert loaded == ft.load(path)
+    assert addresses(loaded) == before
+    assert same(dict(model.named_parameters()), loaded.params)
+    assert ft.fit(step, state=loaded, data=iter(data[3:]), max_steps=6) == whole
+    with pytest.raises(ft.StateConsumedError):
+        loaded.params["any"]
+
+
+def test_another_models_checkpoint_is_not_taken_for_the_modules_memory(tmp_path):
+    """A parameter that did not fit lies elsewhere; the next step in place says so, and trains nothing else."""
+    wide = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5))
+    path = ft.save(ft.init_state(wide, adam()), tmp_path)
+    model = make("mlp")
+    step = ft.shell.in_place(ft.supervised_step(model, square_loss, adam()))
+    loaded = ft.load(path, into=ft.init_state(model, adam()))
+    with pytest.raises(ValueError, match=r"2\.weight"):
+        step(loaded, batches("mlp", 1)[0])
+
+
+def test_a_module_that_moved_is_not_taken_for_its_old_memory(tmp_path):
+    """What a leased state lies on is what the module has."""
+    model = make("mlp")
+    state = ft.init_state(model, adam())
+    path = ft.save(state, tmp_path)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    loaded = ft.load(path, into=state)
+    assert same(dict(model.named_parameters()), loaded.params)
+
+
+# resume_or.
+
+
+@pytest.mark.parametrize("name", ["mlp", "batchnorm", "channels_last", "tied"])
+def test_resume_uses_the_modules_memory(tmp_path, name):
+    """One copy of the weights, not two: a state on a module's memory is consumed, and the resumed one lies there."""
+    data = batches(name, 6)
+    pure = ft.supervised_step(make(name), square_loss, adam())
+    half = ft.fit(pure, state=ft.init_state(pure.model, adam()), data=iter(data), max_steps=3)
+    whole = ft.fit(pure, state=half, data=iter(data[3:]), max_steps=6)
+    ft.save(half, tmp_path)
+    for make_step in (lambda step: step, ft.shell.in_place):
+        model = make(name)
+        step = make_step(ft.supervised_step(model, square_loss, adam()))
+        start = ft.init_state(model, adam())
+        place = {key: value.data_ptr() for key, value in start.params.items()}
+        resumed = ft.resume_or(start, tmp_path)
+        assert {key: value.data_ptr() for key, value in resumed.params.items()} == place
+        assert same(dict(model.named_parameters()), half.params)
+        with pytest.raises(ft.StateConsumedError, match="ft.resume_or"):
+            start.params["any"]
+        assert ft.fit(step, state=resumed, data=iter(data[3:]), max_steps=6) == whole
+
+
+def test_resume_from_nothing_or_another_job_consumes_nothing(tmp_path):
+    """The given state is whole where nothing was resumed."""
+    state = ft.init_state(make("mlp"), adam())
+    assert ft.resume_or(state, tmp_path / "none") is state
+    ft.save(make_state(1), tmp_path)
+    with pytest.raises(CheckpointError, match="seed is 7"):
+        ft.resume_or(state, tmp_path)
+    assert len(state.params) == 4

@@ -236,6 +236,11 @@ def _decoded(path: Place, manifest: Mapping[str, Any], tensors: Mapping[str, Ten
 
 
 def _check_fields(fields: Any) -> None:
+    if not isinstance(fields, Mapping):  # a tensor would let itself be indexed
+        raise TypeError(f"is {type(fields).__name__}, expected a dict")
+    for name in ("params", "buffers", "opt_state", "hooks", "extra"):
+        if not isinstance(fields[name], Mapping):
+            raise TypeError(f"{name}: is {type(fields[name]).__name__}, expected a dict")
     for name in ("step", "position", "seed"):
         if type(fields[name]) is not int or (name != "seed" and fields[name] < 0):
             raise TypeError(f"{name}: is {fields[name]!r}, expected a whole number")
@@ -264,7 +269,7 @@ def _read_manifest(path: Place) -> dict[str, Any]:
     try:
         manifest = upgraded(manifest, path)
         _check_manifest(manifest)
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{file}: its list of tensors is damaged: {error!r}") from error
     return manifest
 
@@ -283,6 +288,8 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
     for leaf, entry in entries.items():
         shape, sums = entry["shape"], entry["crc32"]
         if type(shape) is not list or len(shape) > 64 or not _whole(*shape) or type(entry["name"]) is not str:
+            raise ValueError(f"{leaf!r}: {entry!r}")
+        if nbytes(entry["dtype"], [max(1, size) for size in shape]) >= 1 << 63:  # torch can't, even if another is 0
             raise ValueError(f"{leaf!r}: {entry!r}")
         size = nbytes(entry["dtype"], shape)
         if type(sums) is not list or not _whole(*sums) or len(sums) != max(1, -(-size // part)):

@@ -24,7 +24,7 @@ def upgraded(manifest: Manifest, path: Place) -> Manifest:
 
     Raises:
       SchemaError: it is of a later version.
-      KeyError, TypeError, ValueError, AttributeError: it is damaged.
+      LookupError, TypeError, ValueError, AttributeError, RecursionError: it is damaged.
     """
     schema = manifest["schema"]
     if type(schema) is not int or schema < 1:

@@ -269,7 +269,9 @@ def _read_manifest(path: Place) -> dict[str, Any]:
     try:
         manifest = upgraded(manifest, path)
         _check_manifest(manifest)
-    except (OSError, LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{file}: its list of tensors is damaged: {error!r}") from error
     return manifest
 

@@ -52,10 +52,12 @@ def _from_1(manifest: Manifest, path: Place) -> Manifest:
             reader.read_into(0, memoryview(head))
             if crc32(head[8:]) != expected:
                 raise CheckpointError(f"{path / file}: header is damaged (checksum differs)")
-            files[file] = {"header": len(head), "crc32": crc32(head), "bytes": reader.bytes}
+        ends = [0]
         for name, entry in json.loads(head[8:]).items():
             if name != "__metadata__":
-                offsets[file, name] = entry["data_offsets"][0]
+                offsets[file, name], end = entry["data_offsets"]
+                ends.append(end)
+        files[file] = {"header": len(head), "crc32": crc32(head), "bytes": len(head) + max(ends)}
     tensors = {leaf: entry | {"crc32": [entry["crc32"]]} for leaf, entry in manifest["tensors"].items()}
     order = sorted(
         tensors, key=lambda leaf: (tensors[leaf]["file"], offsets[tensors[leaf]["file"], tensors[leaf]["name"]])

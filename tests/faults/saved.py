@@ -30,7 +30,12 @@ def make_state(step=0, **fields):
             for name in ("fc.weight", "other.weight")
         },
         "hooks": {"best": {"score": 0.5 + step, "history": [1.0, (2.0, float("nan"))], "seen": 2**70}},
-        "extra": {"ema": {"fc.weight": randn(3, 4)}, "flags": (torch.tensor([True, False]), None), "empty": {}, "no": torch.zeros(0, 3)},
+        "extra": {
+            "ema": {"fc.weight": randn(3, 4)},
+            "flags": (torch.tensor([True, False]), None),
+            "empty": {},
+            "no": torch.zeros(0, 3),
+        },
     }
     return TrainState(**{"step": step, "position": step, "seed": 7, **filled, **fields})
 

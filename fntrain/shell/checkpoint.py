@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fntrain.errors import CheckpointError
 from fntrain.lease import FIELDS, Leased
-from fntrain.shell.directory import commit, complete, readable
+from fntrain.shell.directory import commit, complete, readable, told
 from fntrain.shell.files import MANIFEST, MODEL, TRAIN, Contents, Verify, check_files, check_verify, read_files
 from fntrain.shell.remote import Place, place
 from fntrain.shell.upgrade import SchemaError
@@ -141,8 +141,9 @@ def resume_or(state: TrainState, directory: str | os.PathLike[str], *, verify: V
     """
     check_verify(verify)
     root = place(directory)
-    if root.is_file() or (root / MANIFEST).exists():
-        raise CheckpointError(f"{root}: is no directory of checkpoints; give the one that holds the step_... ones")
+    with told(root, "can't be looked into"):
+        if root.is_file() or (root / MANIFEST).exists():
+            raise CheckpointError(f"{root}: is no directory of checkpoints; give the one that holds the step_... ones")
     device = next((param.device for param in state.params.values()), None)
     found = newest(root, lambda path: read_files(path, verify=verify, device=device))
     if found is None:

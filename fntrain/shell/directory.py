@@ -56,6 +56,22 @@ def step_of(path: Place) -> int:
     return int(match[1])
 
 
+@contextmanager
+def told(path: Place, what: str) -> Iterator[None]:
+    """Raise an error of the file system as a CheckpointError that says of which path.
+
+    Example:
+      >>> with told(Path("runs"), "can't be listed"):
+      ...     raise OSError("Input/output error")
+      Traceback (most recent call last):
+      fntrain.errors.CheckpointError: runs: can't be listed: Input/output error; mend that, or give another directory
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: {what}: {error}; mend that, or give another directory") from error
+
+
 def candidates(root: Place) -> list[Place]:
     """List what may be a checkpoint, newest step first; `step_X.old`, left by a kill between two renames, after step_X.
 
@@ -63,9 +79,9 @@ def candidates(root: Place) -> list[Place]:
       >>> candidates(Path("no/such/directory"))
       []
     """
-    if not root.is_dir():
-        return []
-    found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    with told(root, "can't be listed"):
+        listed = list(root.iterdir()) if root.is_dir() else []
+        found = [path for path in listed if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: (-step_of(path), path.name))
 
 
@@ -90,8 +106,9 @@ def complete(root: Place) -> list[Place]:
     """
     steps: dict[int, Place] = {}
     for path in candidates(root):
-        if (path / MANIFEST).is_file():
-            steps.setdefault(step_of(path), path)
+        with told(path, "can't be looked into"):
+            if (path / MANIFEST).is_file():
+                steps.setdefault(step_of(path), path)
     return list(steps.values())
 
 
@@ -243,10 +260,11 @@ def remove(path: Place) -> None:
         path.remove()
         return
     for one in (path.with_name(name_of(step_of(path)) + ".old"), path):
-        if one.exists():
-            doomed = path.with_name(f".partial-deleted-{uuid.uuid4().hex[:8]}")
-            one.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        with told(one, "could not be deleted"):
+            if one.exists():
+                doomed = path.with_name(f".partial-deleted-{uuid.uuid4().hex[:8]}")
+                one.rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
 
 
 def later(root: Place, step: int) -> set[int]:
@@ -291,21 +309,22 @@ def clean(root: Place) -> None:
             if isinstance(path, RemotePath) and not any(one.name.endswith(MANIFEST) for one in path.iterdir()):
                 path.remove()
         return
-    for leftover in root.glob(".partial-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    for old in (path for path in candidates(root) if path.name.endswith(".old")):
-        assert isinstance(old, Path)
-        published = old.with_name(old.name.removesuffix(".old"))
-        try:
-            check_files(published)
-        except SchemaError:
-            raise
-        except CheckpointError:
-            if published.exists():
-                set_aside(published, "damaged")
-            old.rename(published)
-        else:
-            shutil.rmtree(old, ignore_errors=True)
+    with told(root, "can't be put in order"):
+        for leftover in root.glob(".partial-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for old in (path for path in candidates(root) if path.name.endswith(".old")):
+            assert isinstance(old, Path)
+            published = old.with_name(old.name.removesuffix(".old"))
+            try:
+                check_files(published)
+            except SchemaError:
+                raise
+            except CheckpointError:
+                if published.exists():
+                    set_aside(published, "damaged")
+                old.rename(published)
+            else:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def set_aside(path: Place, why: str) -> None:
@@ -315,5 +334,6 @@ def set_aside(path: Place, why: str) -> None:
         aside.write_bytes((path / MANIFEST).read_bytes())
         (path / MANIFEST).remove()
     else:
-        aside = path.rename(path.with_name(f"{why}_{path.name}-{uuid.uuid4().hex[:8]}"))
+        with told(path, "could not be put aside"):
+            aside = path.rename(path.with_name(f"{why}_{path.name}-{uuid.uuid4().hex[:8]}"))
     _log.warning("put a %s checkpoint aside as %s", why, aside)

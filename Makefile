@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup train test test-gpu lint format bench clean
+.PHONY: setup train test test-slow test-gpu lint format bench clean
 
 setup: $(READY)
 
@@ -18,6 +18,10 @@ train: setup
 # Two processes with one thread each: the tests are small, and bitwise laws hold for a given number of threads.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+# Hours of faults in half an hour: processes killed, files damaged, disks full, manifests made up.
+test-slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
 
 test-gpu: setup
 	$(BIN)/python -m pytest -q -m gpu

@@ -9,7 +9,6 @@ import sys
 import time
 
 import attrs
-import pytest
 
 import fntrain as ft
 
@@ -32,7 +31,6 @@ def test_the_readme_example_runs_as_printed(tmp_path):
     assert "step 50/1000" not in python("example.py", cwd=tmp_path).stdout
 
 
-@pytest.mark.slow
 def test_digits_reaches_its_accuracy(tmp_path):
     """The recipe as it stands reaches 98.5% on the test digits."""
     import digits

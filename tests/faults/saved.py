@@ -77,16 +77,22 @@ def manifest_of(path):
     return json.loads((path / MANIFEST).read_text())["manifest"]
 
 
+def write(file, raw):
+    """Make a file anew: ext4 waits for the disk when one that is there is written over."""
+    file.unlink(missing_ok=True)
+    file.write_bytes(raw)
+
+
 def seal(path, text):
     """Write a manifest with a right checksum, whatever it says."""
     raw = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
-    (path / MANIFEST).write_bytes(b'{"crc32": %d, "manifest": %s}' % (crc32(raw), raw))
+    write(path / MANIFEST, b'{"crc32": %d, "manifest": %s}' % (crc32(raw), raw))
 
 
 def replace_head(path, file, new):
     """Give a file another header, and make length and checksum right in the manifest."""
     old, raw, manifest = head(path / file), (path / file).read_bytes(), manifest_of(path)
-    (path / file).write_bytes(new + raw[len(old) :])
+    write(path / file, new + raw[len(old) :])
     if manifest["schema"] == 1:
         manifest["headers"][file] = crc32(new[8:])
     else:

@@ -57,11 +57,11 @@ def cut(path, amount):
     for name in saved.NAMES:
         raw = (path / name).read_bytes()
         for length in range(len(raw)) if amount is None else rng.sample(lengths(path, name, rng), amount):
-            (path / name).write_bytes(raw[:length])
+            saved.write(path / name, raw[:length])
             yield name
         (path / name).unlink()
         yield name
-        (path / name).write_bytes(raw)
+        saved.write(path / name, raw)
 
 
 def flipped(path, amount):
@@ -70,9 +70,9 @@ def flipped(path, amount):
         name = rng.choice(saved.NAMES)
         raw = (path / name).read_bytes()
         at, bit = rng.randrange(len(raw)), rng.randrange(8)
-        (path / name).write_bytes(raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :])
+        saved.write(path / name, raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :])
         yield name
-        (path / name).write_bytes(raw)
+        saved.write(path / name, raw)
 
 
 def law_all_refused(path, damage, amount):
@@ -126,7 +126,7 @@ def test_files_of_another_step_that_are_not_listed_do_not_matter(path):
 def test_grown_files_are_found(path, name, more):
     """A file that goes on with zeros or spaces, or with itself once more."""
     raw = (path / name).read_bytes()
-    (path / name).write_bytes(raw + (raw if more is None else more))
+    saved.write(path / name, raw + (raw if more is None else more))
     law_refused(path, name)
 
 
@@ -135,7 +135,7 @@ def test_a_zeroed_file_is_found(path, name):
     """What a file system may leave after a power cut: the right length, but zeros, or zeros in its second half."""
     raw = (path / name).read_bytes()
     for keep in (0, len(raw) // 2):
-        (path / name).write_bytes(raw[:keep] + bytes(len(raw) - keep))
+        saved.write(path / name, raw[:keep] + bytes(len(raw) - keep))
         law_refused(path, name)
 
 
@@ -151,7 +151,7 @@ def test_exchanged_tensors_are_found(path):
     assert one != other
     for start, data in zip(starts, (other, one), strict=True):
         raw[start : start + size] = data
-    (path / saved.MODEL).write_bytes(raw)
+    saved.write(path / saved.MODEL, raw)
     law_refused(path, saved.MODEL)
 
 

@@ -294,7 +294,7 @@ def law_state_or_refusal(base, root, rng, enter=None):
     if not root.exists():
         shutil.copytree(base, root)
     for name in saved.NAMES:
-        shutil.copy(base / path.name / name, path / name)
+        saved.write(path / name, (base / path.name / name).read_bytes())
     changed = mutate(rng, path)
     enter = enter or rng.choice(ENTRIES)
     refused, found = None, None

@@ -80,7 +80,7 @@ def candidates(root: Place) -> list[Place]:
       []
     """
     with told(root, "can't be listed"):
-        listed = list(root.iterdir()) if root.is_dir() else []
+        listed: list[Place] = list(root.iterdir()) if root.is_dir() else []
         found = [path for path in listed if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: (-step_of(path), path.name))
 

@@ -1,7 +1,7 @@
 """Train and be killed, again and again: the script of test_kill.py, run in a process of its own.
 
 It has torch in memory, forks each training process from there and kills it, so that most of the instants fall on the
-work with files. `python killed.py DIRECTORY VARIANT KILLS SEED` prints as JSON what it found; what breaks the law is
+work with files. `python killed.py DIRECTORY VARIANTS KILLS SEED` prints as JSON what it found; what breaks the law is
 an AssertionError.
 """
 
@@ -168,7 +168,7 @@ def write_in_view(target, contents, tensors):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    where, chosen, number, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    if chosen == "broken":
+    where, variants, number, seed = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3]), int(sys.argv[4])
+    if variants == ["broken"]:
         shell._write_aside = write_in_view
-    print(json.dumps(law_killed(chosen, where, number, seed)))
+    print(json.dumps([law_killed(variant, where / variant, number, seed) for variant in variants]))

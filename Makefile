@@ -19,7 +19,7 @@ train: setup
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
-# Hours of faults in half an hour: processes killed, files damaged, disks full, manifests made up.
+# The long forms of the tests of faults: processes killed, files damaged, disks full, manifests made up.
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
 

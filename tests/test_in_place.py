@@ -1223,8 +1223,9 @@ def test_debug_lets_states_and_snapshots_pass_and_changes_nothing():
     assert state == expected
 
 
-def test_a_resumed_state_does_not_stay_in_memory(tmp_path):
-    """What was read from a checkpoint is copied in and gone after the first step: no second copy of the model."""
+@pytest.mark.parametrize("like", [lambda state: state, ft.snapshot], ids=["the module's", "a copy"])
+def test_a_resumed_state_does_not_stay_in_memory(tmp_path, like):
+    """What was read from a checkpoint is trained in, or copied in and gone after the first step: no second copy."""
     model = make("mlp")
     optimizer = ft.optimizer(torch.optim.AdamW, lr=0.01, fused=True)
     step_fn = ft.supervised_step(model, square_loss, optimizer)
@@ -1232,12 +1233,17 @@ def test_a_resumed_state_does_not_stay_in_memory(tmp_path):
     read = []
 
     def resumed():
-        state = ft.resume_or(ft.init_state(model, optimizer), tmp_path)
+        state = ft.resume_or(like(ft.init_state(model, optimizer)), tmp_path)
         read.extend(weakref.ref(leaf) for _, leaf in ft.named_leaves(state) if isinstance(leaf, torch.Tensor))
         return state
 
     alive = []
-    look = ft.hook(after_step=lambda state: alive.append(sum(ref() is not None for ref in read)))
+
+    def count_others(state):
+        own = {leaf.data_ptr() for _, leaf in ft.named_leaves(state) if isinstance(leaf, torch.Tensor)}
+        alive.append(sum(ref() is not None and ref().data_ptr() not in own for ref in read))
+
+    look = ft.hook(after_step=count_others)
     in_place = ft.shell.in_place(step_fn)
     ft.fit(in_place, look, state=resumed(), data=iter(batches("mlp", 3)), max_steps=4)
     assert len(read) > 4

@@ -1245,6 +1245,33 @@ def test_a_resumed_state_is_the_memory_of_the_run(tmp_path):
         dict(resumed.params)
 
 
+@pytest.mark.parametrize("like", [lambda state: state, ft.snapshot], ids=["the module's", "a copy"])
+def test_a_resumed_state_does_not_stay_in_memory(tmp_path, like):
+    """What was read from a checkpoint is trained in, or copied in and gone after the first step: no second copy."""
+    model = make("mlp")
+    optimizer = ft.optimizer(torch.optim.AdamW, lr=0.01, fused=True)
+    step_fn = ft.supervised_step(model, square_loss, optimizer)
+    ft.save(step_fn(ft.init_state(model, optimizer), batches("mlp", 1)[0]), tmp_path)
+    read = []
+
+    def resumed():
+        state = ft.resume_or(like(ft.init_state(model, optimizer)), tmp_path)
+        read.extend(weakref.ref(leaf) for _, leaf in ft.named_leaves(state) if isinstance(leaf, torch.Tensor))
+        return state
+
+    alive = []
+
+    def count_others(state):
+        own = {leaf.data_ptr() for _, leaf in ft.named_leaves(state) if isinstance(leaf, torch.Tensor)}
+        alive.append(sum(ref() is not None and ref().data_ptr() not in own for ref in read))
+
+    look = ft.hook(after_step=count_others)
+    in_place = ft.shell.in_place(step_fn)
+    ft.fit(in_place, look, state=resumed(), data=iter(batches("mlp", 3)), max_steps=4)
+    assert len(read) > 4
+    assert alive == [0, 0, 0]
+
+
 @pytest.mark.filterwarnings("ignore")  # torch.compile warns about itself
 def test_compile_runs_model_and_loss_through_torch_compile(monkeypatch):
     """`compile=True` hands the loss to torch.compile; reports inside still arrive, the bits stay with its eager backend."""

@@ -250,7 +250,7 @@ def law_history(root, options, history):
         getattr(one, name)(*arguments)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(options=OPTIONS, history=HISTORIES)
 def test_no_history_takes_the_newest_away(tmp_path_factory, options, history):
     """After any saves, crashes before or amid deletion, damage, restarts and roll-backs a run can be resumed."""

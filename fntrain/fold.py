@@ -276,7 +276,8 @@ def _check_order(singles: list[Gated]) -> None:
     counts = frequencies(single.hook.name for single in singles if single.hook.name is not None)
     if twice := sorted(valfilter(lambda count: count > 1, counts)):
         raise ValueError(f"hooks: two hooks are named {', '.join(twice)}; give each a name of its own (name=...)")
-    saver = writer = None
+    saver = writer = rewinder = None
+    remembering: list[str | None] = []
     for hook in (single.hook for single in singles):
         if saver is not None and hook.init is not None and hook.saves:
             raise ValueError(
@@ -293,6 +294,18 @@ def _check_order(singles: list[Gated]) -> None:
                 f"hooks: {hook.name!r} reports metrics and is listed after {writer!r}, which would not see them; "
                 f"list {hook.name!r} before it"
             )
+        if rewinder is not None and hook.init is not None and not hook.saves and not hook.rewinds:
+            raise ValueError(
+                f"hooks: {hook.name!r} has memory and is listed after {rewinder!r}, which may go back to an earlier "
+                f"step, and it would count that step twice; list {hook.name!r} before it"
+            )
+        if hook.reads is not None and hook.reads not in remembering:
+            raise ValueError(
+                f"hooks: {hook.name!r} reads the memory of {hook.reads!r}, and no hook of that name is listed before "
+                f"it, only {remembering}; list that hook before it"
+            )
+        remembering += [hook.name] if hook.init is not None else []
+        rewinder = hook.name if hook.rewinds else rewinder
         saver = hook.name if hook.saves else saver
         writer = hook.name if hook.writes else writer
 

@@ -1,6 +1,7 @@
 """The standard hooks; a hook of your own is `ft.hook(after_step=...)` or `ft.stateful(...)`."""
 
 from fntrain.hooks.checkpoint import best_checkpoint, checkpoint, keep_best
+from fntrain.hooks.ema import averaged, ema
 from fntrain.hooks.evaluate import evaluate
 from fntrain.hooks.memory import memory_stats
 from fntrain.hooks.metrics import write_metrics
@@ -9,8 +10,10 @@ from fntrain.hooks.progress import progress_bar
 from fntrain.hooks.timer import iteration_timer
 
 __all__ = [
+    "averaged",
     "best_checkpoint",
     "checkpoint",
+    "ema",
     "evaluate",
     "iteration_timer",
     "keep_best",

@@ -7,12 +7,14 @@ from fntrain.hooks.memory import memory_stats
 from fntrain.hooks.metrics import write_metrics
 from fntrain.hooks.profile import profile
 from fntrain.hooks.progress import progress_bar
+from fntrain.hooks.stopping import early_stopping, stop_when
 from fntrain.hooks.timer import iteration_timer
 
 __all__ = [
     "averaged",
     "best_checkpoint",
     "checkpoint",
+    "early_stopping",
     "ema",
     "evaluate",
     "iteration_timer",
@@ -20,5 +22,6 @@ __all__ = [
     "memory_stats",
     "profile",
     "progress_bar",
+    "stop_when",
     "write_metrics",
 ]

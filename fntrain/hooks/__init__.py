@@ -7,6 +7,7 @@ from fntrain.hooks.memory import memory_stats
 from fntrain.hooks.metrics import write_metrics
 from fntrain.hooks.profile import profile
 from fntrain.hooks.progress import progress_bar
+from fntrain.hooks.rollback import rollback_on_spike
 from fntrain.hooks.stopping import early_stopping, stop_when
 from fntrain.hooks.timer import iteration_timer
 
@@ -22,6 +23,7 @@ __all__ = [
     "memory_stats",
     "profile",
     "progress_bar",
+    "rollback_on_spike",
     "stop_when",
     "write_metrics",
 ]

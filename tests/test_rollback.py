@@ -266,25 +266,64 @@ def test_the_list_order_is_checked(tmp_path):
         run([ft.hooks.checkpoint(tmp_path, every=1), rollback()], [])
 
 
+class Pairs(Losses):
+    """Batches of a loss and a norm."""
+
+    def at(self, position):
+        return ((value, 1.0) if isinstance(value, float) else value for value in super().at(position))
+
+
+def both(state, batch):
+    return report(state, batch[0]).replace(metrics={"loss": batch[0], "norm": batch[1]})
+
+
+BOTH = [rollback(), rollback(metric="norm", name="norm")]
+HEALTHY = [(1, 1.0), (1, 1.1), (1, 1.2), (1, 1.3)]
+
+
 def test_two_of_them_keep_their_own_memory():
-    """One on the loss, one on another metric: each goes back on its own, neither undoes the other's count."""
+    """One on the loss, one on a norm: each goes back on its own, and neither undoes the other's count."""
+    for spikes in ([(9, 1), (1, 1), (1, 9)], [(1, 9), (9, 1)], [(1, 9), (9, 1), (9, 1)]):
+        final = ft.fit(both, BOTH, state=start(), data=Pairs(HEALTHY + spikes), max_steps=9)
+        expected = {
+            NAME: [5 + n for n, (loss, _) in enumerate(spikes) if loss == 9],
+            "norm": [5 + n for n, (_, norm) in enumerate(spikes) if norm == 9],
+        }
+        assert {name: memory["rollbacks"] for name, memory in final.hooks.items()} == expected
+        assert final.position - final.step > len(spikes) - 1
 
-    def two(state, batch):
-        new = report(state, batch[0])
-        return new.replace(metrics={"loss": batch[0], "norm": batch[1]})
 
-    class Pairs(Losses):
-        def at(self, position):
-            return ((value, 1) if isinstance(value, float) else value for value in super().at(position))
+def test_two_of_them_resume_exactly():
+    """Resumed where states are kept, the second does not count a step again to which the first goes back."""
+    data = Pairs([*HEALTHY, (9, 1), (1, 1), (1, 9), (1, 1)])
+    scan = list(ft.states(both, BOTH, state=start(), data=data, max_steps=9))
+    assert scan[-1].extra["seen"] == (0, 1, 2, 3, 7, 8, 9, 10, 11)
+    fours = [state for state in scan if state.step == 4]
+    assert [state.position for state in fours] == [4, 5, 7]
+    for state in fours:
+        resumed = list(ft.states(both, BOTH, state=state, data=data, max_steps=9))
+        for one, other in zip(reversed(resumed), reversed(scan), strict=False):
+            assert_states_equal(one, other)
 
-    pairs = [(1, 1), (1, 1), (1, 1), (1, 1), (9, 1), (1, 1), (1, 9), (1, 1), (1, 1)]
-    hooks = [rollback(), rollback(metric="norm", name="norm")]
-    scan = list(ft.states(two, hooks, state=start(), data=Pairs(pairs), max_steps=9))
-    final = scan[-1]
-    assert final.hooks[NAME]["rollbacks"] == [5] and final.hooks["norm"]["rollbacks"] == [7]
-    assert final.extra["seen"] == (0, 1, 2, 3, 7, 8, 9, 10, 11)
-    back = next(state for state in scan if state.position == 5 and state.step == 4)
-    assert ft.fit(two, hooks, state=back, data=Pairs(pairs), max_steps=9) == final
+
+def test_another_hook_that_goes_back_leaves_no_later_state_behind():
+    """A kept state of a branch that was left is never gone back to; without an earlier one the run stops."""
+    for every, expected in ((4, 0), (2, None)):
+        kept = {}
+
+        def own(state, kept=kept):
+            if state.step == 1:
+                kept.setdefault("state", state)
+            return kept["state"].replace(position=state.position) if state.position == 5 else None
+
+        came = ft.hook(before_step=lambda state, steps=kept: steps.update({state.position: state.step}) or None)
+        hooks = [ft.hook(after_step=own), rollback(snapshot_every=every, window=1), came]
+        final = run(hooks, [1, 1, 1, 1, 1, 9], max_steps=6)
+        if expected is None:
+            reason = "rollback_on_spike: loss was 9, more than 3 times the median 1, and there is no earlier state to go back to"
+            assert final.run.stop == ft.Stop("requested", reason)
+        else:
+            assert kept[6] == expected
 
 
 def test_the_kept_state_is_not_what_a_hook_writes_to():

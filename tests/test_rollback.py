@@ -22,7 +22,7 @@ NAN = math.nan
 
 
 def rollback(**options):
-    return ft.hooks.rollback_on_spike(**{"window": 2, "snapshot_every": 2} | options)
+    return ft.hooks.rollback_on_spike(**{"window": 2, "snapshot_every": 2, "look_every": 1} | options)
 
 
 def report(state, batch):

@@ -31,7 +31,7 @@ def rollback_on_spike(
     window: int = 50,
     nonfinite_steps: int = 3,
     snapshot_every: int = 100,
-    look_every: int = 1,
+    look_every: int = 10,
     max_rollbacks: int = 3,
     within_steps: int = 1000,
     on_host: bool = True,
@@ -66,7 +66,7 @@ def rollback_on_spike(
       >>> def step_fn(state, batch):
       ...     return state.advance(params={"sum": state.params["sum"] + batch}, metrics={"loss": batch})
       >>> state = ft.TrainState(step=0, position=0, seed=0, params={"sum": torch.zeros(())})
-      >>> hook = rollback_on_spike(window=2, snapshot_every=2)
+      >>> hook = rollback_on_spike(window=2, snapshot_every=2, look_every=1)
       >>> final = ft.fit(step_fn, [hook], state=state, data=iter([1.0, 1.0, 1.0, 9.0, 1.0, 1.0]), max_steps=4)
       >>> final.step, final.position, final.params["sum"]
       (4, 6, tensor(4.))
@@ -114,7 +114,7 @@ class RollBack:
 
     def judge(self, memory: Mapping[str, Any], values: list[float]) -> tuple[dict[str, Any], str | None]:
         """The memory after some values, and what is wrong with one of them."""
-        window, nonfinite = memory["window"], memory["nonfinite"]
+        window, nonfinite = memory["window"].tolist(), memory["nonfinite"]
         problem = None
         for value in values:
             if not math.isfinite(value):
@@ -124,12 +124,12 @@ class RollBack:
                     break
                 continue
             nonfinite = 0
-            usual = window.median().item() if len(window) == self.window else 0.0
+            usual = sorted(window)[(len(window) - 1) // 2] if len(window) == self.window else 0.0
             if 0 < self.factor * usual < value:
                 problem = f"{self.metric} was {value:.4g}, more than {self.factor:g} times the median {usual:.4g}"
                 break
-            window = torch.cat([window, torch.tensor([value], dtype=torch.float64, device="cpu")])[-self.window :]
-        return {**memory, "window": window, "nonfinite": nonfinite, "pending": []}, problem
+            window = [*window, value][-self.window :]
+        return {**memory, "window": _leaf(window), "nonfinite": nonfinite, "pending": []}, problem
 
     def recent(self, memory: Mapping[str, Any], position: int) -> list[int]:
         """The positions of the roll-backs that still count."""
@@ -138,11 +138,10 @@ class RollBack:
 
 @attrs.frozen
 class _Start:
-    """The memory at the start; one leaf for the values, as every step walks over all that hooks remember."""
+    """The memory at the start."""
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
-        window = torch.zeros(0, dtype=torch.float64, device="cpu")
-        return {"window": window, "pending": [], "nonfinite": 0, "step": state.step, "rollbacks": []}
+        return {"window": _leaf([]), "pending": [], "nonfinite": 0, "step": state.step, "rollbacks": []}
 
 
 class _Live:
@@ -232,6 +231,11 @@ class Kept:
         devices = iter(self.devices)
         moved = tree.map_tensors(lambda tensor: tensor.to(next(devices), copy=True), _tensors(self.state))
         return self.state.replace(**moved)
+
+
+def _leaf(values: list[float]) -> torch.Tensor:
+    """One leaf for many numbers: a step in place walks over all that hooks remember."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _tensors(state: TrainState) -> dict[str, Any]:

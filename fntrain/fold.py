@@ -286,8 +286,9 @@ def _check_order(singles: list[Gated]) -> None:
     counts = frequencies(single.hook.name for single in singles if single.hook.name is not None)
     if twice := sorted(valfilter(lambda count: count > 1, counts)):
         raise ValueError(f"hooks: two hooks are named {', '.join(twice)}; give each a name of its own (name=...)")
-    saver = writer = None
+    saver = writer = rewinder = None
     final = False  # whether a saver saves at the end, so that the run is resumed from what it saved
+    remembering: list[str | None] = []
     for single in singles:
         hook = single.hook
         # Savers with memory (of the best score) may follow each other, before the one that saves at the end.
@@ -301,6 +302,18 @@ def _check_order(singles: list[Gated]) -> None:
                 f"hooks: {hook.name!r} reports metrics and is listed after {writer!r}, which would not see them; "
                 f"list {hook.name!r} before it"
             )
+        if rewinder is not None and hook.init is not None and not hook.saves and not hook.rewinds:
+            raise ValueError(
+                f"hooks: {hook.name!r} has memory and is listed after {rewinder!r}, which may go back to an earlier "
+                f"step, and it would count that step twice; list {hook.name!r} before it"
+            )
+        if hook.reads is not None and hook.reads not in remembering:
+            raise ValueError(
+                f"hooks: {hook.name!r} reads the memory of {hook.reads!r}, and no hook of that name is listed before "
+                f"it, only {remembering}; list that hook before it"
+            )
+        remembering += [hook.name] if hook.init is not None else []
+        rewinder = hook.name if hook.rewinds else rewinder
         saver = hook.name if hook.saves else saver
         final |= hook.saves and single.at_end
         writer = hook.name if hook.writes else writer

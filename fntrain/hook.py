@@ -34,6 +34,8 @@ class Hook:
       saves: writes the state to disk, so hooks with memory must come before it.
       reports: adds to the metrics, so it must come before hooks that write them.
       writes: hands the metrics on.
+      reads: name of a hook whose memory it reads, which must come before it.
+      rewinds: may go back to an earlier state, so hooks with memory must come before it, or would count steps twice.
     """
 
     before_train: Callback | None = None
@@ -48,6 +50,8 @@ class Hook:
     saves: bool = False
     reports: bool = False
     writes: bool = False
+    reads: str | None = None
+    rewinds: bool = False
 
     def __repr__(self) -> str:
         shown = [repr(self.name)] if self.name else []
@@ -176,7 +180,7 @@ def resource(open: Callable[[], AbstractContextManager[Hook]], *, name: str, **d
     Args:
       open: function without arguments; a frozen record with `__call__` keeps equality and pickle.
       name: unique in a run.
-      declared: `init`, `communicates`, `saves`, `reports`, `writes`, see `Hook`.
+      declared: `init`, `communicates`, `saves`, `reports`, `writes`, `reads`, `rewinds`, see `Hook`.
     Example:
       >>> from contextlib import contextmanager
       >>> @contextmanager

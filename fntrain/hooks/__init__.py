@@ -1,6 +1,7 @@
 """The standard hooks; a hook of your own is `ft.hook(after_step=...)` or `ft.stateful(...)`."""
 
 from fntrain.hooks.checkpoint import best_checkpoint, checkpoint, keep_best
+from fntrain.hooks.ema import averaged, ema
 from fntrain.hooks.evaluate import evaluate
 from fntrain.hooks.memory import memory_stats
 from fntrain.hooks.metrics import write_metrics
@@ -8,12 +9,17 @@ from fntrain.hooks.plateau import reduce_lr_on_plateau
 from fntrain.hooks.precise_bn import precise_bn
 from fntrain.hooks.profile import profile
 from fntrain.hooks.progress import progress_bar
+from fntrain.hooks.rollback import rollback_on_spike
 from fntrain.hooks.signal import on_signal
+from fntrain.hooks.stopping import early_stopping, stop_when
 from fntrain.hooks.timer import iteration_timer
 
 __all__ = [
+    "averaged",
     "best_checkpoint",
     "checkpoint",
+    "early_stopping",
+    "ema",
     "evaluate",
     "iteration_timer",
     "keep_best",
@@ -23,5 +29,7 @@ __all__ = [
     "profile",
     "progress_bar",
     "reduce_lr_on_plateau",
+    "rollback_on_spike",
+    "stop_when",
     "write_metrics",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor
 from fntrain import gates
 from fntrain.events import MetricName
 from fntrain.hook import AnyHook, hook
+from fntrain.hooks.ema import averaged
 from fntrain.state import TrainState
 
 
@@ -18,9 +19,10 @@ class Evaluate:
 
     fn: Callable[[TrainState], Mapping[str, Any]]
     prefix: str
+    weights: str | None = None
 
     def __call__(self, state: TrainState) -> TrainState:
-        results = self.fn(state)
+        results = self.fn(state if self.weights is None else averaged(state, self.weights))
         if not isinstance(results, Mapping):
             raise TypeError(f"evaluate: the function returned {type(results).__name__}, expected a dict of numbers")
         metrics = dict(state.metrics)
@@ -33,7 +35,12 @@ class Evaluate:
 
 
 def evaluate(
-    fn: Callable[[TrainState], Mapping[str, float]], *, every: int, prefix: str = "eval/", name: str = "evaluate"
+    fn: Callable[[TrainState], Mapping[str, float]],
+    *,
+    every: int,
+    prefix: str = "eval/",
+    weights: str | None = None,
+    name: str = "evaluate",
 ) -> AnyHook:
     """Run a function of the state every n steps and after the last one, and report its results.
 
@@ -45,10 +52,12 @@ def evaluate(
         (`ft.bound`): closing over the module alone would see its first weights in pure mode.
       every: number of steps between two.
       prefix: put before every name.
+      weights: name of a `hooks.ema`, listed before this one, whose averages are evaluated instead of the weights.
       name: unique in a run.
     Raises:
       TypeError: `fn` can't be called, or (in the run) returns no dict.
-      ValueError: `every` is not positive, or (in the run) a result is no number.
+      ValueError: `every` is not positive; (when the run starts) no hook named `weights` is listed before it; (in the
+        run) that hook keeps no averages, or a result is no number.
     Example:
       >>> def step_fn(state, batch):
       ...     return state.advance(metrics={})
@@ -61,5 +70,5 @@ def evaluate(
     """
     if not callable(fn):
         raise TypeError(f"fn: got {type(fn).__name__}, expected a function of the state, such as ft.evaluation(...)")
-    reporting = hook(after_step=Evaluate(fn, prefix), name=name)
-    return gates.at_end(gates.every(every, attrs.evolve(reporting, reports=True)))
+    reporting = hook(after_step=Evaluate(fn, prefix, weights), name=name)
+    return gates.at_end(gates.every(every, attrs.evolve(reporting, reports=True, reads=weights)))

@@ -162,7 +162,7 @@ class _Live:
             while values and values[0][0] <= (state.step - self.settings.window if windowed else self.written):
                 values.popleft()
         recent = {name: values for name, values in self.windows.items() if values and values[-1][0] > self.written}
-        numbers = iter(_to_host([*self.each.values(), *(value for values in recent.values() for _, value in values)]))
+        numbers = iter(to_host([*self.each.values(), *(value for values in recent.values() for _, value in values)]))
         rows: dict[int, dict[str, float]] = {step: {} for step in self.media}
         for step, name in self.each:
             rows.setdefault(step, {})[name] = next(numbers)
@@ -176,7 +176,7 @@ class _Live:
 
     def write_each(self, state: TrainState) -> None:
         """The results of this step alone, between two periods."""
-        scalars = dict(zip((name for _, name in self.each), _to_host(list(self.each.values())), strict=True))
+        scalars = dict(zip((name for _, name in self.each), to_host(list(self.each.values())), strict=True))
         self.emit(state, state.step, scalars, self.media.pop(state.step, {}), periodic=False)
         self.each = {}
 
@@ -198,7 +198,7 @@ def _smoothed(name: str, values: list[float]) -> float:
     return ordered[middle] if len(values) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
-def _to_host(values: list[Any]) -> list[float]:
+def to_host(values: list[Any]) -> list[float]:
     """Numbers of the values, in order; of those on a device by one stacked transfer for each dtype."""
     from toolz import groupby  # 4 ms to import: only where it is used
 

@@ -1,0 +1,242 @@
+"""hooks.rollback_on_spike: go back to an earlier state when the loss jumps, and on with other data.
+
+What decides (the last values, the roll-backs so far) is in `state.hooks`; the states to go back to are not.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import torch
+
+from fntrain import tree
+from fntrain.check import whole
+from fntrain.events import MetricName
+from fntrain.hook import AnyHook, Hook, hook, resource
+from fntrain.hooks.metrics import to_host
+from fntrain.state import TrainState, remember, snapshot, stop
+
+_log = logging.getLogger("fntrain")
+ROLLBACKS = MetricName("rollbacks", reduce="max", smooth="each")
+NUM_KEPT = 2  # a state from which a spike came twice was bad itself: then the one before it
+
+
+def rollback_on_spike(
+    metric: str = "loss",
+    *,
+    factor: float = 3.0,
+    window: int = 50,
+    nonfinite_steps: int = 3,
+    snapshot_every: int = 100,
+    look_every: int = 10,
+    max_rollbacks: int = 3,
+    within_steps: int = 1000,
+    on_host: bool = True,
+    name: str = "rollback_on_spike",
+) -> AnyHook:
+    """Go back to a kept state when a metric spikes, skipping the data since; list it after hooks with memory.
+
+    A spike is a value above `factor` times the median of the last `window` ones (when there are so many and the median
+    is positive), or the last of `nonfinite_steps` in a row that are nan or inf. The state kept last comes back with the
+    `position` of now, and all that hooks remember with it; a second spike before the next is kept leads to the one
+    before that. Each is a warning in the log and a metric `rollbacks`. Checkpoints of the branch left are deleted with
+    the next save.
+
+    States are kept at the start of the run and at steps divisible by `snapshot_every`, two of them, in memory only. So
+    a run resumed at such a step goes on exactly, unless a spike would lead back beyond it; resumed at another one, it
+    goes back to where it was resumed.
+
+    Args:
+      metric: name in `state.metrics`; steps without it do not count. Alike on all ranks, as a mean of the loss is.
+      factor: how many times the median is a spike, above 1.
+      window: number of values that the median covers.
+      nonfinite_steps: how many in a row; with on_nonfinite="skip" a single one did no harm.
+      snapshot_every: number of steps between two kept states.
+      look_every: number of steps between two looks; each waits for a GPU, and finds spikes that many steps late.
+      max_rollbacks: how many there may be `within_steps`; the next one goes back and stops the run.
+      within_steps: the span of `max_rollbacks`, in batches.
+      on_host: keep states in host memory; False keeps them on their devices, which is faster and takes room there.
+      name: unique in a run.
+    Raises:
+      ValueError: a number out of range, or `snapshot_every` is not divisible by `look_every`.
+    Example:
+      >>> def step_fn(state, batch):
+      ...     return state.advance(params={"sum": state.params["sum"] + batch}, metrics={"loss": batch})
+      >>> state = ft.TrainState(step=0, position=0, seed=0, params={"sum": torch.zeros(())})
+      >>> hook = rollback_on_spike(window=2, snapshot_every=2, look_every=1)
+      >>> final = ft.fit(step_fn, [hook], state=state, data=iter([1.0, 1.0, 1.0, 9.0, 1.0, 1.0]), max_steps=4)
+      >>> final.step, final.position, final.params["sum"]
+      (4, 6, tensor(4.))
+
+    Source: Chowdhery et al. 2022, PaLM, section 5.1, https://arxiv.org/abs/2204.02311
+    """
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 < factor < math.inf:
+        raise ValueError(f"factor: got {factor!r}, expected a number > 1")
+    record = RollBack(
+        metric,
+        factor,
+        whole("window", window, 1),
+        whole("nonfinite_steps", nonfinite_steps, 1),
+        whole("snapshot_every", snapshot_every, 1),
+        whole("look_every", look_every, 1),
+        whole("max_rollbacks", max_rollbacks, 0),
+        whole("within_steps", within_steps, 1),
+        on_host,
+        name,
+    )
+    if snapshot_every % look_every:
+        raise ValueError(f"snapshot_every: got {snapshot_every}, expected a multiple of look_every={look_every}")
+    return resource(record, name=name, init=_Start(), reports=True, rewinds=True)
+
+
+@attrs.frozen
+class RollBack:
+    """The parameters of the hook; called, it gives the live one, which holds the kept states."""
+
+    metric: str
+    factor: float
+    window: int
+    nonfinite_steps: int
+    snapshot_every: int
+    look_every: int
+    max_rollbacks: int
+    within_steps: int
+    on_host: bool
+    name: str
+
+    @contextmanager
+    def __call__(self) -> Iterator[Hook]:
+        live = _Live(self)
+        yield hook(before_train=live.start, after_step=live.look)
+
+    def judge(self, memory: Mapping[str, Any], values: list[float]) -> tuple[dict[str, Any], str | None]:
+        """The memory after some values, and what is wrong with one of them."""
+        window, nonfinite = memory["window"].tolist(), memory["nonfinite"]
+        problem = None
+        for value in values:
+            if not math.isfinite(value):
+                nonfinite += 1
+                if nonfinite >= self.nonfinite_steps:
+                    problem = f"{self.metric} was {value} and not finite in {nonfinite} steps in a row"
+                    break
+                continue
+            nonfinite = 0
+            usual = sorted(window)[(len(window) - 1) // 2] if len(window) == self.window else 0.0
+            if 0 < self.factor * usual < value:
+                problem = f"{self.metric} was {value:.4g}, more than {self.factor:g} times the median {usual:.4g}"
+                break
+            window = [*window, value][-self.window :]
+        return {**memory, "window": _leaf(window), "nonfinite": nonfinite, "pending": []}, problem
+
+    def recent(self, memory: Mapping[str, Any], position: int) -> list[int]:
+        """The positions of the roll-backs that still count."""
+        return [at for at in memory["rollbacks"] if position - at < self.within_steps]
+
+
+@attrs.frozen
+class _Start:
+    """The memory at the start."""
+
+    def __call__(self, state: TrainState) -> dict[str, Any]:
+        return {"window": _leaf([]), "pending": [], "nonfinite": 0, "step": state.step, "rollbacks": []}
+
+
+class _Live:
+    """The hook of one run."""
+
+    def __init__(self, record: RollBack) -> None:
+        self.record = record
+        self.kept: list[Kept] = []
+
+    def start(self, state: TrainState) -> TrainState | None:
+        """Keep the first state; a run that was stopped for its roll-backs stops again."""
+        self.keep(state)
+        recent = self.record.recent(state.hooks[self.record.name], state.position)
+        return self.stopped(state, "stopped before") if len(recent) > self.record.max_rollbacks else None
+
+    def look(self, state: TrainState) -> TrainState | None:
+        record, memory = self.record, dict(state.hooks[self.record.name])
+        if state.step <= memory["step"]:
+            return None  # another hook has gone back to a step that was looked at already
+        memory["step"] = state.step
+        if record.metric in state.metrics:
+            memory["pending"] = [*memory["pending"], state.metrics[record.metric]]
+        problem = None
+        if state.step % record.look_every == 0 and memory["pending"]:
+            memory, problem = record.judge(memory, to_host(memory["pending"]))
+        if problem is not None:
+            return self.back(state, [*record.recent(memory, state.position), state.position], problem)
+        new = remember(state, record.name, memory)
+        if state.step % record.snapshot_every == 0 and not memory["nonfinite"]:
+            self.keep(new)
+        return new
+
+    def keep(self, state: TrainState) -> None:
+        self.kept = [one for one in self.kept if one.state.step < state.step][1 - NUM_KEPT :]
+        self.kept.append(Kept.of(state, on_host=self.record.on_host))
+
+    def back(self, state: TrainState, rollbacks: list[int], problem: str) -> TrainState:
+        record = self.record
+        self.kept = [one for one in self.kept if one.state.step < state.step]
+        if len(self.kept) > 1 and self.kept[-1].used:
+            self.kept.pop()
+        if not self.kept:  # another hook went back further than this one remembers
+            return stop(state, f"{record.name}: {problem}, and there is no earlier state to go back to")
+        old = self.kept[-1].restored()
+        self.kept[-1].used = True
+        _log.warning(
+            "%s: %s; going back from step %d to %d, and on with batch %d",
+            *(record.name, problem, state.step, old.step, state.position),
+        )
+        hooks = {**old.hooks, record.name: {**old.hooks[record.name], "rollbacks": rollbacks}}
+        for name, memory in state.hooks.items():  # how often others of this kind went back is not undone
+            if name != record.name and isinstance(memory, Mapping) and "rollbacks" in memory:
+                hooks[name] = {**old.hooks[name], "rollbacks": memory["rollbacks"]}
+        metrics = {**old.metrics, ROLLBACKS: float(len(rollbacks))}
+        new = old.replace(position=state.position, hooks=hooks, metrics=metrics, run=state.run)
+        return self.stopped(new, problem) if len(rollbacks) > record.max_rollbacks else new
+
+    def stopped(self, state: TrainState, problem: str) -> TrainState:
+        record = self.record
+        return stop(
+            state,
+            f"{record.name}: {problem}, after {record.max_rollbacks} roll-backs within {record.within_steps} batches; "
+            f"this is the state of step {state.step}",
+        )
+
+
+@attrs.define(eq=False)
+class Kept:
+    """A copy of a state, and where its tensors were."""
+
+    state: TrainState
+    devices: list[torch.device]
+    used: bool = False  # whether a roll-back led here
+
+    @classmethod
+    def of(cls, state: TrainState, *, on_host: bool) -> "Kept":
+        tensors = _tensors(state)
+        devices = [tensor.device for tensor in tree.tensors(tensors)]
+        if not on_host or all(device.type == "cpu" for device in devices):
+            return cls(snapshot(state), devices)
+        return cls(
+            state.replace(**tree.map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), tensors)), devices
+        )
+
+    def restored(self) -> TrainState:
+        """A copy, its tensors where they were."""
+        devices = iter(self.devices)
+        moved = tree.map_tensors(lambda tensor: tensor.to(next(devices), copy=True), _tensors(self.state))
+        return self.state.replace(**moved)
+
+
+def _leaf(values: list[float]) -> torch.Tensor:
+    """One leaf for many numbers: a step in place walks over all that hooks remember."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+def _tensors(state: TrainState) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in ("params", "buffers", "opt_state", "hooks", "extra")}

@@ -1,4 +1,4 @@
-"""Where metrics go: the console, a JSON lines file, TensorBoard. A writer of your own is a record with `open`."""
+"""Where metrics go: console, files, memory, experiment trackers. A writer of your own is a record with `open`."""
 
 import os
 from collections.abc import Mapping
@@ -7,12 +7,14 @@ from typing import Any
 
 from fntrain.writers.console import Console, console
 from fntrain.writers.jsonl import Jsonl, jsonl
+from fntrain.writers.memory import Memory, memory
 from fntrain.writers.row import Row, Writer, WriteRow
 from fntrain.writers.tensorboard import TensorBoard, tensorboard
 
 __all__ = [
     "Console",
     "Jsonl",
+    "Memory",
     "Row",
     "TensorBoard",
     "WriteRow",
@@ -20,6 +22,7 @@ __all__ = [
     "console",
     "default",
     "jsonl",
+    "memory",
     "tensorboard",
 ]
 

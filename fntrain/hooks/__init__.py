@@ -6,6 +6,7 @@ from fntrain.hooks.memory import memory_stats
 from fntrain.hooks.metrics import write_metrics
 from fntrain.hooks.profile import profile
 from fntrain.hooks.progress import progress_bar
+from fntrain.hooks.timed import timed
 from fntrain.hooks.timer import iteration_timer
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "memory_stats",
     "profile",
     "progress_bar",
+    "timed",
     "write_metrics",
 ]

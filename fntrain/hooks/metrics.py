@@ -188,14 +188,15 @@ class _Live:
             while values and values[0][0] <= (state.step - self.settings.window if windowed else self.written):
                 values.popleft()
         recent = {name: values for name, values in self.windows.items() if values and values[-1][0] > self.written}
-        numbers = iter(_to_host([*self.each.values(), *(value for values in recent.values() for _, value in values)]))
+        columns = {name: tuple(zip(*values, strict=True)) for name, values in recent.items()}  # steps, values
+        numbers = _to_host([*self.each.values(), *(value for _, values in columns.values() for value in values)])
         rows: dict[int, dict[str, float]] = {step: {} for step in self.media}
-        for step, name in self.each:
-            rows.setdefault(step, {})[name] = next(numbers)
-        histories = {
-            name: History(tuple(step for step, _ in values), tuple(next(numbers) for _ in values))
-            for name, values in recent.items()
-        }
+        for (step, name), number in zip(self.each, numbers, strict=False):
+            rows.setdefault(step, {})[name] = number
+        histories, start = {}, len(self.each)
+        for name, (steps, _) in columns.items():
+            histories[name] = History(steps, tuple(numbers[start : start + len(steps)]))
+            start += len(steps)
         smoothed = {name: self.smoothed(name, history) for name, history in histories.items()}
         if smoothed:
             rows[state.step] = smoothed | rows.get(state.step, {})

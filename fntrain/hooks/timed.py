@@ -75,14 +75,16 @@ class TimedOpen:
 
     @contextmanager
     def __call__(self) -> Iterator[Hook]:
-        begin = time.perf_counter()
-        with self.opener() as live:
-            self.spent.bill(self.label, "open", begin)
-            try:
-                yield _timed(live, self.spent, self.label) if isinstance(live, Hook) else live
-            finally:
-                begin = time.perf_counter()
-        self.spent.bill(self.label, "close", begin)
+        phase, begin = "open", time.perf_counter()
+        try:
+            with self.opener() as live:
+                self.spent.bill(self.label, phase, begin)
+                try:
+                    yield _timed(live, self.spent, self.label) if isinstance(live, Hook) else live
+                finally:
+                    phase, begin = "close", time.perf_counter()
+        finally:
+            self.spent.bill(self.label, phase, begin)
 
     def __repr__(self) -> str:
         return f"timed({self.opener!r})"

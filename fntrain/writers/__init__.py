@@ -8,22 +8,31 @@ from typing import Any
 from fntrain.writers.console import Console, console
 from fntrain.writers.jsonl import Jsonl, jsonl
 from fntrain.writers.memory import Memory, memory
+from fntrain.writers.mlflow import MLflow, mlflow
 from fntrain.writers.row import Row, Writer, WriteRow
 from fntrain.writers.tensorboard import TensorBoard, tensorboard
+from fntrain.writers.trackio import Trackio, trackio
+from fntrain.writers.wandb import Wandb, wandb
 
 __all__ = [
     "Console",
     "Jsonl",
+    "MLflow",
     "Memory",
     "Row",
     "TensorBoard",
+    "Trackio",
+    "Wandb",
     "WriteRow",
     "Writer",
     "console",
     "default",
     "jsonl",
     "memory",
+    "mlflow",
     "tensorboard",
+    "trackio",
+    "wandb",
 ]
 
 

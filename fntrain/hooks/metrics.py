@@ -253,12 +253,13 @@ def _to_host(values: list[Any]) -> list[float]:
     """Numbers of the values, in order; of those on a device by one stacked transfer for each dtype."""
     from toolz import groupby  # 4 ms to import: only where it is used
 
-    tensors = [index for index, value in enumerate(values) if isinstance(value, Tensor) and stalls(value)]
-    numbers = [0.0] * len(values)
+    numbers, waiting = [], []
     for index, value in enumerate(values):
-        if not isinstance(value, Tensor) or not stalls(value):
-            numbers[index] = float(value.item() if isinstance(value, Tensor) else value)
-    groups = groupby(lambda index: (values[index].device, values[index].dtype), tensors)
+        waits = isinstance(value, Tensor) and stalls(value)
+        numbers.append(0.0 if waits else float(value.item() if isinstance(value, Tensor) else value))
+        if waits:
+            waiting.append(index)
+    groups = groupby(lambda index: (values[index].device, values[index].dtype), waiting)
     for indices in groups.values():
         stacked = torch.stack([values[index].detach().reshape(()) for index in indices]).tolist()
         for index, number in zip(indices, stacked, strict=True):

@@ -9,6 +9,7 @@ from fntrain.hooks.precise_bn import precise_bn
 from fntrain.hooks.profile import profile
 from fntrain.hooks.progress import progress_bar
 from fntrain.hooks.signal import on_signal
+from fntrain.hooks.timed import timed
 from fntrain.hooks.timer import iteration_timer
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "profile",
     "progress_bar",
     "reduce_lr_on_plateau",
+    "timed",
     "write_metrics",
 ]

@@ -3,6 +3,7 @@
 import logging
 import pickle
 import re
+import signal
 import sys
 from contextlib import contextmanager
 
@@ -350,3 +351,17 @@ def test_order_is_checked_as_without_times():
     with pytest.raises(ValueError, match="on one rank only metrics may change"):
         run([ft.hooks.timed(changing)])
     assert torch.is_tensor(run([ft.hooks.timed(ft.hooks.memory_stats())]).metrics["memory/peak_rss"]) is False
+
+
+def test_a_signal_ends_a_timed_run_as_any_other():
+    """on_signal exits from its closing; timed, it still does, with its status."""
+
+    def step_fn(state, batch):
+        if state.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return state.advance(metrics={})
+
+    for hook in (ft.hooks.on_signal(), ft.hooks.timed(ft.hooks.on_signal())):
+        with pytest.raises(SystemExit) as caught:
+            ft.fit(step_fn, [hook], state=fresh(), data=range(9), max_steps=5)
+        assert caught.value.code == 143

@@ -21,6 +21,7 @@ from fntrain.evaluation import Evaluation, evaluation
 from fntrain.events import name_scope, put_histogram, put_image, put_scalar, put_scalars, put_text
 from fntrain.fold import fit, states
 from fntrain.gates import at_end, between, every, first, on_main, when
+from fntrain.history import History
 from fntrain.hook import Hook, compose, hook, identity, resource, stateful
 from fntrain.loss import weighted
 from fntrain.module import bound, init_state, load_into
@@ -40,6 +41,7 @@ __all__ = [
     "Evaluation",
     "FntrainError",
     "GraphError",
+    "History",
     "Hook",
     "Job",
     "MissingExtraError",

@@ -40,7 +40,7 @@ class Evaluation:
                     results = self.fn(self.model, batch)
                 if not isinstance(results, Mapping):
                     raise TypeError(f"evaluation: fn returned {type(results).__name__}, expected a dict of metrics")
-                for name, value in _flat(results).items():
+                for name, value in flattened(results).items():
                     sums.setdefault(name, []).append(_sum_and_weight(name, value, batch))
         if not sums:
             raise ValueError("evaluation: the data gave no batch, or fn no metric")
@@ -95,13 +95,21 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def _flat(results: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(results: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested results by the names of all levels, joined with "/".
+
+    Example:
+      >>> flattened({"box": {"ap": 0.5, "by_size": {"small": 0.25}}})
+      {'box/ap': 0.5, 'box/by_size/small': 0.25}
+
+    Source: detectron2's flatten_results_dict
+    """
     flat = {}
     for name, value in results.items():
         if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}/"))
+            flat.update(flattened(value, f"{prefix}{name}/"))
         else:
-            flat[prefix + name] = value
+            flat[f"{prefix}{name}"] = value
     return flat
 
 

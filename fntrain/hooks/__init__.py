@@ -12,6 +12,7 @@ from fntrain.hooks.progress import progress_bar
 from fntrain.hooks.rollback import rollback_on_spike
 from fntrain.hooks.signal import on_signal
 from fntrain.hooks.stopping import early_stopping, stop_when
+from fntrain.hooks.timed import timed
 from fntrain.hooks.timer import iteration_timer
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "reduce_lr_on_plateau",
     "rollback_on_spike",
     "stop_when",
+    "timed",
     "write_metrics",
 ]

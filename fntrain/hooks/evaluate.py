@@ -7,6 +7,7 @@ import attrs
 from torch import Tensor
 
 from fntrain import gates
+from fntrain.evaluation import flattened
 from fntrain.events import MetricName
 from fntrain.hook import AnyHook, hook
 from fntrain.hooks.ema import averaged
@@ -26,12 +27,20 @@ class Evaluate:
         if not isinstance(results, Mapping):
             raise TypeError(f"evaluate: the function returned {type(results).__name__}, expected a dict of numbers")
         metrics = dict(state.metrics)
-        for name, value in results.items():
-            if isinstance(value, Tensor) and value.numel() != 1:
-                raise ValueError(f"evaluate: {name!r} has shape {tuple(value.shape)}, expected a number")
-            number = value if isinstance(value, Tensor | int | float) else float(value)  # NumPy's numbers
-            metrics[MetricName(f"{self.prefix}{name}", smooth="each")] = number
+        for name, value in flattened(results).items():
+            metrics[MetricName(f"{self.prefix}{name}", smooth="each")] = _number(name, value)
         return state.replace(metrics=metrics)
+
+
+def _number(name: str, value: Any) -> Tensor | float:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"evaluate: {name!r} has shape {tuple(value.shape)}, expected a number")
+    if isinstance(value, Tensor | int | float):
+        return value
+    try:
+        return float(value)  # NumPy's numbers
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"evaluate: {name!r} is {type(value).__name__}, expected a number") from error
 
 
 def evaluate(
@@ -48,8 +57,9 @@ def evaluate(
     hooks that read the results, in the order evaluate, best checkpoint, write.
 
     Args:
-      fn: state -> {name: number}; `ft.evaluation(model, fn, data)` makes one. A hand-written one must bind the state
-        (`ft.bound`): closing over the module alone would see its first weights in pure mode.
+      fn: state -> {name: number}, nested names join with "/"; `ft.evaluation(model, fn, data)` makes one. A
+        hand-written one must bind the state (`ft.bound`): closing over the module alone would see its first weights
+        in pure mode.
       every: number of steps between two.
       prefix: put before every name.
       weights: name of a `hooks.ema`, listed before this one, whose averages are evaluated instead of the weights.

@@ -1,10 +1,10 @@
 """hooks.write_metrics: hand what the steps report to writers, smoothed, every n steps."""
 
-import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
 
 import attrs
 import torch
@@ -12,9 +12,13 @@ from torch import Tensor
 
 from fntrain.check import whole
 from fntrain.grads import stalls
+from fntrain.history import History
 from fntrain.hook import AnyHook, Hook, hook, resource
 from fntrain.state import TrainState
 from fntrain.writers import Row, Writer, WriteRow
+
+Smoothing = Literal["median", "mean", "latest", "global_mean"]
+WINDOWED = ("median", "mean")
 
 
 @attrs.frozen
@@ -24,6 +28,7 @@ class WriteMetrics:
     writers: tuple[Writer, ...]
     every: int
     window: int
+    smoothing: Smoothing | Mapping[str, Smoothing]
 
     @contextmanager
     def __call__(self) -> Iterator[Hook]:
@@ -33,25 +38,33 @@ class WriteMetrics:
 
 
 def write_metrics(
-    writers: Writer | Sequence[Writer], *, every: int = 20, window: int = 20, name: str = "write_metrics"
+    writers: Writer | Sequence[Writer],
+    *,
+    every: int = 20,
+    window: int = 20,
+    smoothing: Smoothing | Mapping[str, Smoothing] = "median",
+    name: str = "write_metrics",
 ) -> AnyHook:
     """Write the metrics of the steps every n steps and after the last one; list it after hooks that report.
 
-    A metric is shown as the median of its values in the last `window` steps; learning rates and other unsmoothed ones
-    as the latest; results of `evaluate` each at its own step. Tensors wait on their device and are transferred
-    together, once per write: between writes nothing synchronises.
+    A metric is shown as the median of its values in the last `window` steps, or as `smoothing` says; learning rates
+    and other unsmoothed ones as the latest; results of `evaluate` each at its own step. Tensors wait on their device
+    and are transferred together, once per write: between writes nothing synchronises.
 
     Args:
       writers: one or several of `ft.writers`.
       every: number of steps between two writes.
-      window: number of steps that a median covers.
+      window: number of steps that a median or mean covers.
+      smoothing: "median", "mean", "latest" or "global_mean" (of all steps since this start of the run) of the metrics
+        that do not say so themselves; or a dict from names or patterns (`*` matches "/" too; the first that fits
+        counts) to one of them, also for those that do. Evaluations stay as they are.
       name: unique in a run.
     Raises:
-      ValueError: `every` or `window` is not positive.
+      ValueError: `every` or `window` is not positive, or an unknown smoothing.
       TypeError: a writer has no `open`.
     Example:
       >>> write_metrics(ft.writers.console(), every=20)
-      WriteMetrics(writers=(Console(),), every=20, window=20)
+      WriteMetrics(writers=(Console(),), every=20, window=20, smoothing='median')
 
     Source: detectron2's PeriodicWriter and EventStorage
     """
@@ -62,7 +75,10 @@ def write_metrics(
             raise TypeError(
                 f"writers: got {type(writer).__name__}, expected ft.writers.default(...) or records with `open`"
             )
-    return resource(WriteMetrics(several, every, window), name=name, writes=True)
+    for asked in smoothing.values() if isinstance(smoothing, Mapping) else (smoothing,):
+        if asked not in get_args(Smoothing):
+            raise ValueError(f"smoothing: got {asked!r}, expected one of {', '.join(get_args(Smoothing))}")
+    return resource(WriteMetrics(several, every, window, smoothing), name=name, writes=True)
 
 
 class _Live:
@@ -78,11 +94,12 @@ class _Live:
         self.last: Mapping[str, Any] = {}
         self.each: dict[tuple[int, str], Any] = {}
         self.media: dict[int, dict[str, Any]] = {}
-        self.written = self.newest = -1
+        self.sums: dict[str, list[tuple[int, float]]] = {}  # of all values up to a step, for means over the run
+        self.written = self.newest = self.valid = -1
 
     def open(self, state: TrainState) -> None:
         """Open the writers, at the first step: a run that is refused or has nothing to do leaves their files alone."""
-        self.written = state.run.start_step
+        self.written = self.valid = state.run.start_step
         for writer in self.settings.writers:
             self.writes.append(self.stack.enter_context(writer.open(state.run.start_step)))
 
@@ -105,12 +122,12 @@ class _Live:
     def forget(self, step: int) -> None:
         """Drop what was measured after a step: the run was rolled back to it."""
         self.sort()
-        for values in self.windows.values():
+        for values in (*self.windows.values(), *self.sums.values()):
             while values and values[-1][0] > step:
                 values.pop()
         self.each = {key: value for key, value in self.each.items() if key[0] <= step}
         self.media = {at: media for at, media in self.media.items() if at <= step}
-        self.written = min(self.written, step)
+        self.written, self.valid = min(self.written, step), min(self.valid, step)
 
     def finish(self, state: TrainState) -> None:
         """Write what is left, with what hooks reported after the last step."""
@@ -137,8 +154,8 @@ class _Live:
             self.usual = frozenset(last[1])
 
     def take(self, name: str, values: list[tuple[int, Any]]) -> None:
-        smooth = getattr(name, "smooth", "median")
-        size = {"median": self.settings.window, "latest": 1}.get(smooth)
+        smooth = self.smoothing(name)
+        size = {"latest": 1}.get(smooth, self.settings.window if smooth in WINDOWED else None)
         if smooth != "each" and {type(value) for _, value in values} == {float}:  # times: the most of what there is
             self.windows.setdefault(name, deque(maxlen=size)).extend(values)
             return
@@ -154,60 +171,95 @@ class _Live:
             else:
                 self.windows.setdefault(name, deque(maxlen=size)).append((step, value))
 
+    def smoothing(self, name: str) -> str:
+        """How a metric is shown: what the settings say of it, or what it says of itself."""
+        hint: str = getattr(name, "smooth", "median")
+        asked = self.settings.smoothing
+        if isinstance(asked, Mapping):
+            fitting = (kind for pattern, kind in asked.items() if fnmatchcase(name, pattern))
+            return hint if hint == "each" else next(fitting, hint)
+        return asked if hint == "median" else hint
+
     def write(self, state: TrainState) -> None:
         """One row per step that has results of its own, and one for the period."""
         self.sort()
         for name, values in self.windows.items():
-            windowed = getattr(name, "smooth", "median") == "median"
+            windowed = self.smoothing(name) in WINDOWED
             while values and values[0][0] <= (state.step - self.settings.window if windowed else self.written):
                 values.popleft()
         recent = {name: values for name, values in self.windows.items() if values and values[-1][0] > self.written}
-        numbers = iter(to_host([*self.each.values(), *(value for values in recent.values() for _, value in values)]))
+        columns = {name: tuple(zip(*values, strict=True)) for name, values in recent.items()}  # steps, values
+        numbers = to_host([*self.each.values(), *(value for _, values in columns.values() for value in values)])
         rows: dict[int, dict[str, float]] = {step: {} for step in self.media}
-        for step, name in self.each:
-            rows.setdefault(step, {})[name] = next(numbers)
-        smoothed = {name: _smoothed(name, [next(numbers) for _ in values]) for name, values in recent.items()}
+        for (step, name), number in zip(self.each, numbers, strict=False):
+            rows.setdefault(step, {})[name] = number
+        histories, start = {}, len(self.each)
+        for name, (steps, _) in columns.items():
+            histories[name] = History(steps, tuple(numbers[start : start + len(steps)]))
+            start += len(steps)
+        smoothed = {name: self.smoothed(name, history) for name, history in histories.items()}
         if smoothed:
             rows[state.step] = smoothed | rows.get(state.step, {})
         for step in sorted(rows):
-            periodic = step == state.step and bool(smoothed)
-            self.emit(state, step, rows[step], self.media.get(step, {}), periodic)
+            periodic = step == state.step
+            self.emit(state, step, rows[step], self.media.get(step, {}), histories if periodic else {})
         self.each, self.media, self.written = {}, {}, state.step
 
     def write_each(self, state: TrainState) -> None:
         """The results of this step alone, between two periods."""
         scalars = dict(zip((name for _, name in self.each), to_host(list(self.each.values())), strict=True))
-        self.emit(state, state.step, scalars, self.media.pop(state.step, {}), periodic=False)
+        self.emit(state, state.step, scalars, self.media.pop(state.step, {}), {})
         self.each = {}
 
+    def smoothed(self, name: str, history: History) -> float:
+        """The one number that stands for the values of a period or window."""
+        match self.smoothing(name):
+            case "median":
+                return history.median()
+            case "mean":
+                return history.average()
+            case "sum":
+                return sum(history.numbers)
+            case "global_mean":
+                sums = self.sums.setdefault(name, [])
+                for step, number in history.values():
+                    sums.append((step, number + (sums[-1][1] if sums else 0.0)))
+                return sums[-1][1] / len(sums)
+        return history.latest()
+
     def emit(
-        self, state: TrainState, step: int, scalars: Mapping[str, float], media: Mapping[str, Any], periodic: bool
+        self,
+        state: TrainState,
+        step: int,
+        scalars: Mapping[str, float],
+        media: Mapping[str, Any],
+        histories: Mapping[str, History],
     ) -> None:
-        row = Row(step=step, max_steps=state.run.max_steps, scalars=scalars, media=media, periodic=periodic)
+        row = Row(
+            step=step,
+            max_steps=state.run.max_steps,
+            scalars=scalars,
+            media=media,
+            periodic=bool(histories),
+            histories=histories,
+            valid_step=self.valid,
+        )
         for write in self.writes:
             write(row)
-
-
-def _smoothed(name: str, values: list[float]) -> float:
-    """The median or sum; one nan makes it nan, so that trouble is seen (sorting nan would give any of the values)."""
-    if getattr(name, "smooth", "") == "sum":
-        return sum(values)
-    ordered, middle = sorted(values), len(values) // 2
-    if any(map(math.isnan, values)):
-        return math.nan
-    return ordered[middle] if len(values) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+        self.valid = max(self.valid, step)
 
 
 def to_host(values: list[Any]) -> list[float]:
     """Numbers of the values, in order; of those on a device by one stacked transfer for each dtype."""
     from toolz import groupby  # 4 ms to import: only where it is used
 
-    tensors = [index for index, value in enumerate(values) if isinstance(value, Tensor) and stalls(value)]
-    numbers = [0.0] * len(values)
+    numbers, waiting = [], []
     for index, value in enumerate(values):
-        if not isinstance(value, Tensor) or not stalls(value):
-            numbers[index] = float(value.item() if isinstance(value, Tensor) else value)
-    groups = groupby(lambda index: (values[index].device, values[index].dtype), tensors)
+        waits = isinstance(value, Tensor) and stalls(value)
+        numbers.append(0.0 if waits else float(value.item() if isinstance(value, Tensor) else value))
+        if waits:
+            waiting.append(index)
+    groups = groupby(lambda index: (values[index].device, values[index].dtype), waiting)
     for indices in groups.values():
         stacked = torch.stack([values[index].detach().reshape(()) for index in indices]).tolist()
         for index, number in zip(indices, stacked, strict=True):

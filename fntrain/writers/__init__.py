@@ -1,4 +1,4 @@
-"""Where metrics go: the console, a JSON lines file, TensorBoard. A writer of your own is a record with `open`."""
+"""Where metrics go: console, files, memory, experiment trackers. A writer of your own is a record with `open`."""
 
 import os
 from collections.abc import Mapping
@@ -7,20 +7,32 @@ from typing import Any
 
 from fntrain.writers.console import Console, console
 from fntrain.writers.jsonl import Jsonl, jsonl
+from fntrain.writers.memory import Memory, memory
+from fntrain.writers.mlflow import MLflow, mlflow
 from fntrain.writers.row import Row, Writer, WriteRow
 from fntrain.writers.tensorboard import TensorBoard, tensorboard
+from fntrain.writers.trackio import Trackio, trackio
+from fntrain.writers.wandb import Wandb, wandb
 
 __all__ = [
     "Console",
     "Jsonl",
+    "MLflow",
+    "Memory",
     "Row",
     "TensorBoard",
+    "Trackio",
+    "Wandb",
     "WriteRow",
     "Writer",
     "console",
     "default",
     "jsonl",
+    "memory",
+    "mlflow",
     "tensorboard",
+    "trackio",
+    "wandb",
 ]
 
 

@@ -19,12 +19,12 @@ class Console:
 
     @contextmanager
     def open(self, start_step: int) -> Iterator[WriteRow]:
-        begin, first = time.perf_counter(), start_step
+        begin, first = time.perf_counter(), start_step + 1  # opened at the end of the first step
 
         def write(row: Row) -> None:
             if not row.scalars:
                 return
-            seconds = (time.perf_counter() - begin) / max(row.step - first, 1)
+            seconds = (time.perf_counter() - begin) / (row.step - first) if row.step > first else None
             print(_line(row, seconds), file=sys.stdout, flush=True)
 
         yield write
@@ -40,11 +40,12 @@ def console() -> Console:
     return Console()
 
 
-def _line(row: Row, seconds_per_step: float) -> str:
+def _line(row: Row, seconds_per_step: float | None) -> str:
     total = "" if row.max_steps is None else f"/{row.max_steps}"
     parts = [f"step {row.step:>{max(len(total) - 1, 1)}}{total}"]
     if row.periodic and row.max_steps is not None:
-        parts.append(f"eta {_duration(seconds_per_step * (row.max_steps - row.step))}")
+        left = row.max_steps - row.step
+        parts.append("eta -:--:--" if seconds_per_step is None else f"eta {_duration(seconds_per_step * left)}")
     for name in sorted(row.scalars, key=_rank):
         value = row.scalars[name]
         if name.startswith("time/"):

@@ -1,10 +1,13 @@
 """What a writer is: a value whose `open` gives a function that takes rows."""
 
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import attrs
+
+from fntrain.history import History
 
 
 @attrs.frozen(kw_only=True)
@@ -17,6 +20,8 @@ class Row:
       scalars: numbers by name, already on the host and smoothed.
       media: ft.events.Image, Histogram or Text by name.
       periodic: False for results written at a step of their own, between two periods.
+      histories: the values behind the smoothed scalars, by name; of a window, so also of steps of earlier rows.
+      valid_step: what earlier rows said of steps after this one no longer holds: the run was rolled back.
     """
 
     step: int
@@ -24,6 +29,8 @@ class Row:
     scalars: Mapping[str, float]
     media: Mapping[str, Any]
     periodic: bool
+    histories: Mapping[str, History] = attrs.field(factory=dict)
+    valid_step: int = sys.maxsize
 
 
 WriteRow = Callable[[Row], None]

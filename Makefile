@@ -38,6 +38,7 @@ format: setup
 bench: setup
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/import_time.py
 
 clean:

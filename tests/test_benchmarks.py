@@ -45,6 +45,18 @@ def test_memory_counts_every_byte(tmp_path):
     }
 
 
+def test_checkpoint_times_every_section(tmp_path):
+    options = ["--size-mb", "2", "--rounds", "1", "--only", "save,load,busy", "--directory", str(tmp_path)]
+    seconds = written("checkpoint", tmp_path / "seconds.json", *options)["seconds"]
+    assert list(seconds) == ["save", "load", "busy"]
+    assert {"one memcpy", "raw write + fsync", "ours, asynchronous, zlib", "ours, ft.save, zlib"} <= seconds[
+        "save"
+    ].keys()
+    assert {"raw read", "ours, ft.load, zlib", "torch.load"} <= seconds["load"].keys()
+    assert all(len(rounds) == 2 for section in seconds.values() for rounds in section.values())
+    assert [path.name for path in tmp_path.iterdir()] == ["seconds.json"]  # what it wrote is gone
+
+
 def test_gpu_step_runs_on_a_cpu_what_needs_no_gpu(tmp_path):
     options = ["--device", "cpu", "--quick", "--no-compile", "--sizes", "tiny", "--rounds", "2"]
     results = written("gpu_step", tmp_path / "steps.json", *options)["results"]

@@ -46,7 +46,8 @@ DTYPES = {
     }.items()
 }
 PART = 1 << 24  # bytes under one checksum, so that several threads can check one tensor
-_WRITE = 1 << 26  # bytes in one system call
+_WRITE = 1 << 24  # bytes in one system call
+_BUFFER = 1 << 20  # small tensors are written together
 
 
 def crc32(data: Buffer, value: int = 0) -> int:
@@ -117,18 +118,23 @@ class Writer:
     def __init__(self, path: Place) -> None:
         self.path = path
         self.written = 0
-        self.file: Any = path.create() if isinstance(path, RemotePath) else path.open("wb", buffering=0)
+        self.begun = 0  # bytes that the disk was told to begin with
+        self.file: Any = path.create() if isinstance(path, RemotePath) else path.open("wb", buffering=_BUFFER)
 
     def __enter__(self) -> "Writer":
         return self
 
     def write(self, data: Buffer) -> None:
-        """Write all of it; nothing is copied."""
+        """Write all of it; what is large is not copied."""
         view = memoryview(data)
         while view.nbytes:
             count = self.file.write(view[:_WRITE])
             self.written += count
             view = view[count:]
+            if self.written - self.begun >= _WRITE and not isinstance(self.path, RemotePath):
+                # Writing back goes on beside the writing; otherwise it would begin with the fsync.
+                os.posix_fadvise(self.file.fileno(), self.begun, self.written - self.begun, os.POSIX_FADV_DONTNEED)
+                self.begun = self.written
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if isinstance(self.path, RemotePath):
@@ -136,6 +142,7 @@ class Writer:
             return
         try:
             if kind is None:
+                self.file.flush()
                 os.fsync(self.file.fileno())
         finally:
             self.file.close()

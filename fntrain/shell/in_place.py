@@ -213,8 +213,9 @@ class InPlace:
             if not tree.copy_into(self.opt_state, theirs):
                 self.opt_state, self.fused, self.memory = tree.clone(theirs), None, None
             self.updated = set(self.opt_state)
-        elif theirs.tensors is not self.opt_state:  # of a step that ran in place here before
-            self.opt_state, self.fused, self.updated, self.memory = theirs.tensors, None, set(theirs), None
+        elif theirs.tensors is not self.opt_state:  # of a step that ran in place here before, or of a checkpoint
+            self.opt_state = dict(self.step.bound.placed(theirs.tensors, self.step.slots.params))
+            self.fused, self.updated, self.memory = None, set(theirs), None
         if not (here and kept):
             state = self.advanced(state, {}).replace(step=state.step, position=state.position)
         return self._spared(state)

@@ -66,6 +66,10 @@ def entries(directory: Path) -> dict[str, Callable[[], list[Any]]]:
         "reduce_lr_on_plateau": lambda: hooks.reduce_lr_on_plateau("eval/loss", mode="min"),
         "precise_bn": lambda: hooks.precise_bn(model, torch.ones(4, 8), every=NEVER),
         "memory_stats": lambda: hooks.memory_stats(every=NEVER),
+        "ema": hooks.ema,
+        "early_stopping": lambda: hooks.early_stopping("loss", mode="min", patience=NEVER),
+        "stop_when": lambda: hooks.stop_when(lambda _: False, "never"),
+        "rollback_on_spike": hooks.rollback_on_spike,
     }
     alone = {name: lambda make=make: [make()] for name, make in singles.items()}
     together = {

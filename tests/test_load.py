@@ -220,6 +220,46 @@ def test_resume_uses_the_modules_memory(tmp_path, name):
         assert ft.fit(step, state=resumed, data=iter(data[3:]), max_steps=6) == whole
 
 
+@pytest.mark.parametrize("read", ["resume_or", "load"])
+def test_the_optimizers_state_of_a_checkpoint_is_put_where_the_optimizer_wants_it(tmp_path, monkeypatch, read):
+    """It may have been saved on another device, or by another kernel: the step in place asks, as for any state."""
+    data, model = batches("mlp", 3), make("mlp")
+    pure = ft.supervised_step(make("mlp"), square_loss, adam())
+    path = ft.save(pure(ft.init_state(pure.model, adam()), data[0]), tmp_path)
+    step = ft.shell.in_place(ft.supervised_step(model, square_loss, adam()))
+    start = ft.init_state(model, adam())
+    resumed = ft.resume_or(start, tmp_path) if read == "resume_or" else ft.load(path, into=start)
+    asked, placed = [], type(step.step.bound).placed
+
+    def noted(bound, opt_state, params):
+        asked.append(sorted(opt_state))
+        return placed(bound, opt_state, params)
+
+    monkeypatch.setattr(type(step.step.bound), "placed", noted)
+    later = step(resumed, data[1])
+    assert asked == [sorted(later.params)]
+    step(later, data[2])
+    assert len(asked) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("read", ["resume_or", "load"])
+def test_a_checkpoint_of_the_cpu_is_resumed_on_a_gpu(tmp_path, read):
+    """Moments and counters that were saved on the host follow the module to its device."""
+    data = [batch.cuda() for batch in batches("mlp", 4)]
+    pure = ft.supervised_step(make("mlp"), square_loss, adam())
+    state = pure(ft.init_state(pure.model, adam()), data[0].cpu())
+    path = ft.save(state, tmp_path)
+    results = []
+    for make_step in (lambda step: step, ft.shell.in_place):
+        model = make("mlp").cuda()
+        step = make_step(ft.supervised_step(model, square_loss, adam()))
+        start = ft.init_state(model, adam())
+        resumed = ft.resume_or(start, tmp_path) if read == "resume_or" else ft.load(path, into=start)
+        results.append(ft.digest(ft.fit(step, state=resumed, data=iter(data[1:]), max_steps=4)))
+    assert results[0] == results[1]
+
+
 def test_resume_from_nothing_or_another_job_consumes_nothing(tmp_path):
     """The given state is whole where nothing was resumed."""
     state = ft.init_state(make("mlp"), adam())

@@ -31,8 +31,9 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property, partial
+from importlib import import_module
 from itertools import cycle
 from pathlib import Path
 from statistics import median, quantiles
@@ -63,11 +64,6 @@ from fntrain import tree
 from fntrain.shell import tensor_file
 from fntrain.shell.saver import Saver
 from fntrain.state import named_leaves
-
-try:
-    from isal.isal_zlib import crc32 as fast_crc32
-except ImportError:
-    fast_crc32 = None
 
 Seconds = dict[str, float]  # what they are of -> seconds
 Rounds = dict[str, list[Seconds]]  # case -> rounds, the first one too
@@ -126,7 +122,9 @@ def checksums(crc32: Any) -> Iterator[None]:
         tensor_file._crc32 = found
 
 
-KINDS = {"zlib": zlib.crc32} | ({"isal": fast_crc32} if fast_crc32 else {})
+KINDS: dict[str, Any] = {"zlib": zlib.crc32}
+with suppress(ImportError):
+    KINDS["isal"] = import_module("isal.isal_zlib").crc32
 
 
 def chosen(name: str) -> AbstractContextManager[None]:

@@ -15,6 +15,7 @@ import torch
 
 import fntrain as ft
 from fntrain.shell import checkpoint as files
+from fntrain.shell.saver import Saver
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 save = files.save
@@ -82,15 +83,19 @@ def raises_at_once():
 
 
 def saves_itself(directory):
-    return ft.hook(after_step=lambda state: files.save(state, directory) and None if state.run.stop else None)
+    return ft.hook(after_step=lambda state: files.save(directory, state) and None if state.run.stop else None)
 
 
 def main(kind, directory):
-    def saying_save(state, where):
-        say("saved", state.step)
-        return save(state, where)
+    def saying(save):
+        def said(where, state, *rest):
+            say("saved", state.step)
+            return save(where, state, *rest)
 
-    files.save = saying_save
+        return said
+
+    Saver.save = saying(Saver.save)
+    files.save = saying(lambda where, state: save(state, where))
     last = ft.hook(after_train=lambda state: say("end", state.run.stop.reason))
     ours = ft.hooks.on_signal(SIGNALS)
     kinds = {

@@ -249,7 +249,7 @@ def thousand_steps(step_fn, model):
 def frozen_rate(monkeypatch):
     """The broken twin: rates are those of the trace, for ever."""
     at = shell.Rates.at
-    monkeypatch.setattr(shell.Rates, "at", lambda self, step: at(self, 1))
+    monkeypatch.setattr(shell.Rates, "at", lambda self, state: at(self, state.replace(step=1)))
 
 
 @pytest.mark.parametrize("twin", [None, frozen_rate])

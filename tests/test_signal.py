@@ -170,7 +170,7 @@ def test_exit_comes_after_everything_is_closed(heard):
 def test_a_signal_before_the_first_step_begins_none(heard, tmp_path):
     """A flag that is set when the run starts stops it there: nothing trained, nothing saved."""
     final = fit(sends("before_train", 0), on_signal(exit=False), ft.hooks.checkpoint(tmp_path, every=1))
-    assert (final.step, final.run.stop.reason, list(tmp_path.iterdir())) == (0, "SIGTERM received", [])
+    assert (final.step, final.run.stop.reason, ft.latest(tmp_path)) == (0, "SIGTERM received", None)
 
 
 @pytest.mark.parametrize("hook", [sends("after_train", 3), sends("before_step", 2)])
@@ -207,10 +207,10 @@ def test_an_error_wins_and_says_that_a_signal_came(heard, tmp_path, monkeypatch)
         fit(on_signal(), step_fn=failing)
     assert "besides, SIGTERM came and asked the run to end" in caught.value.__notes__
 
-    def full(state, directory):
+    def full(*_):
         raise ft.CheckpointError("disk full")
 
-    monkeypatch.setattr("fntrain.shell.checkpoint.save", full)
+    monkeypatch.setattr("fntrain.shell.saver.commit", full)
     with pytest.raises(ft.CheckpointError, match="disk full"):
         fit(on_signal(), sends("before_step", 1), ft.hooks.checkpoint(tmp_path, every=9))
 

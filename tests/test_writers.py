@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from statistics import median
 
 import attrs
@@ -427,7 +427,7 @@ def interrupted(writers, directory, *, dies_at, max_steps=50, evaluate=None):
         return [
             *([evaluate] if evaluate else []),
             ft.hooks.write_metrics(writers, every=20),
-            ft.hooks.checkpoint(directory / "checkpoints", every=15),
+            ft.hooks.checkpoint(directory / "checkpoints", every=15, asynchronous=False),  # looked at below
         ]
 
     start = fresh()
@@ -446,8 +446,6 @@ def interrupted(writers, directory, *, dies_at, max_steps=50, evaluate=None):
             path.write_bytes(left[path])  # a killed process closes nothing and writes no last row
         else:
             path.unlink()
-            with suppress(OSError):  # not empty yet
-                path.parent.rmdir()  # a checkpoint that was still being written has no name in view
     return fit(loss_is_step, hooks(), max_steps, state=ft.resume_or(start, directory / "checkpoints"))
 
 

@@ -173,7 +173,10 @@ def _plain(value: Any) -> Any:
         return value.name  # as the command line has it
     if isinstance(value, PurePath):
         return str(value)
-    raise TypeError(f"config: got {type(value).__name__} {value!r}, expected a number, text, None, or records of them")
+    raise TypeError(
+        f"config: got {type(value).__name__} {value!r}, expected a number, text, None, an enum, a path, or attrs "
+        "records of them"
+    )
 
 
 def _restored(kind: Any, value: Any, old: Any) -> Any:
@@ -181,6 +184,9 @@ def _restored(kind: Any, value: Any, old: Any) -> Any:
     if attrs.has(type(old)) and isinstance(value, Mapping):
         return from_dict(old, value)
     for one in get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,):
+        if isinstance(one, type) and attrs.has(one) and isinstance(value, Mapping):
+            kinds = get_type_hints(one)
+            return one(**{name: _restored(kinds.get(name), inner, None) for name, inner in value.items()})
         if isinstance(one, type) and isinstance(value, str):
             if issubclass(one, enum.Enum) and value in one.__members__:
                 return one[value]

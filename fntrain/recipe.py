@@ -17,8 +17,10 @@ from fntrain import hooks as standard
 from fntrain import schedules, writers
 from fntrain.config import Config, to_dict
 from fntrain.errors import CheckpointError, ConfigError
+from fntrain.evaluation import flattened
 from fntrain.fold import fit
 from fntrain.hook import AnyHook, Gated, Hook, flatten, hook
+from fntrain.hooks.evaluate import Evaluate as EvaluateHook
 from fntrain.module import init_state
 from fntrain.optim import Optimizer, group, optimizer
 from fntrain.shell.checkpoint import checkpoints, resume_or
@@ -201,6 +203,11 @@ class Recipe:
             raise TypeError(
                 f"config: got {type(self.config).__name__}, expected ft.Config(...) or a class derived from it"
             )
+        own = vars(type(self.config))
+        if own.get("__annotations__") and "__attrs_attrs__" not in own:
+            raise TypeError(
+                f"config: {type(self.config).__name__} is no record; put @attrs.frozen(kw_only=True) above it"
+            )
         for field in attrs.fields(Recipe):
             if field.name != "config" and not callable(getattr(self, field.name)):
                 raise TypeError(f"{field.name}: got {type(getattr(self, field.name)).__name__}, expected a function")
@@ -332,12 +339,18 @@ def called(part: Any) -> str:
 
 
 def _results(job: Job, state: TrainState) -> dict[str, float]:
-    """What the evaluation says of a state; by the hook if it has just been asked."""
+    """What the evaluation says of a state; a hook that has just asked it, of these very weights, has reported it."""
     if job.evaluation is None:
         return {}
-    found = {name: value for name, value in state.metrics.items() if name.startswith("eval/")}  # of this very step
-    results = found or job.evaluation(state)
-    return {name.removeprefix("eval/"): float(value) for name, value in results.items()}
+    asked = [one.after_step for one in job.named_hooks if isinstance(one.after_step, EvaluateHook)]
+    prefixes = [one.prefix for one in asked if one.fn is job.evaluation and one.weights is None]
+    results: Mapping[str, Any] = {
+        name.removeprefix(prefix): value
+        for prefix in prefixes[:1]
+        for name, value in state.metrics.items()
+        if name.startswith(prefix)
+    }
+    return {name: float(value) for name, value in flattened(results or job.evaluation(state)).items()}
 
 
 def _config_of(recipe: Recipe, config: Any) -> Any:

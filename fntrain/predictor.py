@@ -113,13 +113,12 @@ def predictor(
 
 def _kept(recipe: Recipe, path: Place) -> Any:
     """The settings kept with a checkpoint: in its directory, the run's, or the one above (`best/` is in the run's)."""
-    if isinstance(path, RemotePath):
-        return recipe.config
-    for one in (path, *path.absolute().parents[:2]):
+    above = [path.parent] if isinstance(path, RemotePath) else path.absolute().parents[:2]
+    for one in (path, *above):
         kept = one / "config.json"
         if kept.is_file():
             try:
-                return from_dict(recipe.config, json.loads(kept.read_text("utf-8")))
-            except ValueError as error:
+                return from_dict(recipe.config, json.loads(kept.read_bytes()))
+            except (ValueError, AttributeError) as error:
                 raise ConfigError(f"{kept}: is not of this recipe ({error}); give config=...") from error
     return recipe.config

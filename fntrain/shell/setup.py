@@ -13,6 +13,7 @@ import torch
 
 from fntrain.config import differences
 from fntrain.errors import ConfigError
+from fntrain.shell.remote import RemotePath, place
 
 _log = logging.getLogger("fntrain")
 
@@ -95,16 +96,19 @@ def keep_config(directory: str | os.PathLike[str], config: Mapping[str, Any]) ->
       ...     Path(directory, "config.json").read_text().split()
       ['{', '"lr":', '0.1', '}']
     """
-    path = Path(directory) / "config.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = place(directory) / "config.json"
     text = json.dumps(config, indent=2) + "\n"
     if path.exists():
         try:
-            changed = differences(json.loads(path.read_text(encoding="utf-8")), config)
+            changed = differences(json.loads(path.read_bytes()), config)
         except (ValueError, AttributeError):
             changed = [f"{path} was no config"]
         for line in changed:
             _log.warning("config changed since the last run here: %s", line)
+    if isinstance(path, RemotePath):
+        path.write_bytes(text.encode())
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

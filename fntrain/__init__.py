@@ -10,6 +10,7 @@ from fntrain.cli import main
 from fntrain.config import Config, scale_config, to_dict
 from fntrain.errors import (
     CheckpointError,
+    ConfigError,
     DataExhaustedError,
     FntrainError,
     GraphError,
@@ -37,6 +38,7 @@ from fntrain.step import SupervisedStep, supervised_step
 __all__ = [
     "CheckpointError",
     "Config",
+    "ConfigError",
     "DataExhaustedError",
     "Evaluation",
     "FntrainError",

@@ -1,15 +1,23 @@
 """main: the command line of a recipe; every field of its config is a flag."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Annotated, Any
 
 from torch import Tensor
 
+from fntrain import schedules
 from fntrain.config import to_dict
-from fntrain.errors import FntrainError, MissingExtraError
+from fntrain.errors import ConfigError, FntrainError, MissingExtraError
 from fntrain.fold import fit
+from fntrain.hook import flatten
+from fntrain.optim import BoundOptimizer
 from fntrain.recipe import Job, Recipe, Result, build, run
 from fntrain.shell.setup import setup
+from fntrain.tree import named_leaves
+
+Flags = tuple[Any, bool, bool, bool]
 
 
 def main(recipe: Recipe, args: Sequence[str] | None = None) -> Result | None:
@@ -40,60 +48,120 @@ def main(recipe: Recipe, args: Sequence[str] | None = None) -> Result | None:
         import tyro
     except ImportError as error:
         raise MissingExtraError("ft.main needs tyro: pip install 'fntrain[cli]'") from error
-    kind = type(recipe.config)
 
-    def train(config: Any, resume: bool = True, eval_only: bool = False, dry_run: bool = False) -> Result | None:
+    def train(config: Any, resume: bool = True, eval_only: bool = False, dry_run: bool = False) -> Flags:
         """Train, or go on where an earlier run in --output-dir stopped.
 
         Args:
           config: the settings.
-          resume: go on from the newest checkpoint.
-          eval_only: evaluate the newest checkpoint, or --weights; do not train.
+          resume: go on from the newest checkpoint in --output-dir, if there is one; if not, a used one is refused.
+          eval_only: evaluate the newest checkpoint in --output-dir, or else --weights; do not train.
           dry_run: show what would be trained, and do one step that leaves nothing behind.
         """
+        return config, resume, eval_only, dry_run
+
+    train.__annotations__["config"] = Annotated[type(recipe.config), tyro.conf.arg(name="")]
+    train.__defaults__ = (recipe.config, *(train.__defaults__ or ())[-3:])
+    try:
+        config, resume, eval_only, dry_run = tyro.cli(train, args=args)
+    except ConfigError as error:  # one value that can't be, as argparse has it
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    try:
         if dry_run:
             print("\n".join(describe(build(recipe, config))))
             return None
-        setup(config.output_dir, config=to_dict(config))
+        setup(config.output_dir)
         result = run(recipe, config, resume=resume, eval_only=eval_only)
-        stop = result.state.run.stop
-        print(f"step {result.state.step}" + (f" ({stop.reason})" if stop else ""))
-        for name, value in result.results.items():
-            print(f"  {name:<24}{value:.6g}")
-        return result
-
-    train.__annotations__["config"] = Annotated[kind, tyro.conf.arg(name="")]
-    train.__defaults__ = (recipe.config, *(train.__defaults__ or ())[-3:])
-    try:
-        result: Result | None = tyro.cli(train, args=args)
     except FntrainError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
+    stop = result.state.run.stop
+    print(f"step {result.state.step}" + (f" ({stop.reason})" if stop else ""))
+    for name, value in result.results.items():
+        print(f"  {name:<24}{value:.6g}")
     return result
 
 
 def describe(job: Job) -> list[str]:
-    """Say in lines what a job is: settings, model, data, learning rates, hooks in order; and do one step of it.
+    """Say in lines what a job is, part by part, with its hooks in order; and do one step of it.
 
     Nothing is written, but the step is a real one: the model is one step on.
     """
-    lines = ["config"]
-    lines += [f"  {name:<22}{value}" for name, value in to_dict(job.config).items()]
+    params = dict(job.state.params)
+    source = job.data.at(0) if hasattr(job.data, "at") else iter(job.data)
+    batch = list(islice(source, 1))
+    if hasattr(source, "close"):
+        source.close()
+    parts = {
+        "config": [_row(name, value) for name, value in _flat(to_dict(job.config))],
+        "model": _model(job),
+        "data": [repr(job.data), *_batch(job, batch)],
+        "step": [repr(job.step_fn).replace(repr(job.optimizer), "optimizer(...)")],
+        "optimizer": [repr(job.optimizer), *_groups(job.optimizer.bind(params))],
+        "learning rate": _rates(job),
+        "evaluation": [repr(job.evaluation)],
+        "hooks": [f"{number}. {hook!r}" for number, hook in enumerate(flatten(job.hooks), start=1)],
+    }
+    done = fit(job.step_fn, state=job.state, data=batch, max_steps=1)
+    numbers = {name: value for name, value in done.metrics.items() if isinstance(value, Tensor | int | float)}
+    parts["one step"] = [_row(name, f"{float(value):.6g}") for name, value in numbers.items()]
+    return [line for part, lines in parts.items() for line in (part, *(f"  {line}" for line in lines))]
+
+
+def _row(name: str, value: Any) -> str:
+    return f"{name:<22}{value}"
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by the names of their flags, without the dashes."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _model(job: Job) -> list[str]:
     params = list(job.model.parameters())
     count, size = sum(p.numel() for p in params), sum(p.nbytes for p in params)
-    trained = sum(p.numel() for p in params if p.requires_grad)
-    lines += [
-        "model",
-        f"  {type(job.model).__name__}: {count:,} parameters, {trained:,} with gradients, {size:,} bytes",
+    children = [
+        _row(f"{name} {type(child).__name__}", f"{sum(p.numel() for p in child.parameters()):,}")
+        for name, child in job.model.named_children()
     ]
-    lines += [
-        f"  {name:<22}{sum(p.numel() for p in child.parameters()):,}" for name, child in job.model.named_children()
+    return [f"{type(job.model).__name__}: {count:,} parameters, {size:,} bytes, on {params[0].device}", *children]
+
+
+def _batch(job: Job, batches: Sequence[Any]) -> Iterator[str]:
+    if hasattr(job.data, "steps_per_epoch"):
+        yield _row("steps per epoch", job.data.steps_per_epoch)
+    for batch in batches:
+        try:
+            leaves = list(named_leaves(batch, "batch"))
+        except TypeError:  # a class of the user's own
+            leaves = [("batch", batch)]
+        for name, leaf in leaves:
+            shape = f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
+            yield _row(name, shape)
+
+
+def _groups(bound: BoundOptimizer) -> list[str]:
+    """The groups of parameters that are updated together, with the options in which they differ."""
+    groups = bound.template.param_groups
+    differ = [key for key in groups[0] if key != "params" and len({repr(one.get(key)) for one in groups}) > 1]
+    lines = [
+        _row(f"{len(names)} tensors", ", ".join([f"{key}={one[key]!r}" for key in differ] + [_few(names)]))
+        for names, one in zip(bound.names, groups, strict=True)
     ]
-    lines += ["data", f"  {job.data!r}", "optimizer", f"  {job.optimizer!r}", "learning rate"]
-    last = job.config.max_steps
-    for step in sorted({0, *(round(last * part / 10) for part in range(10)), max(last - 1, 0)}):
-        rate = job.optimizer.lr(step) if callable(job.optimizer.lr) else job.optimizer.lr
-        lines.append(f"  step {step + 1:<17}{float(rate):.6g}")
-    lines += ["hooks", *(f"  {hook!r}" for hook in job.hooks)]
-    done = fit(job.step_fn, state=job.state, data=job.data, max_steps=1)
-    numbers = {name: value for name, value in done.metrics.items() if isinstance(value, Tensor | int | float)}
-    return [*lines, "one step", *(f"  {name:<22}{float(value):.6g}" for name, value in numbers.items())]
+    return [*lines, *([_row("frozen", _few(sorted(bound.frozen)))] if bound.frozen else [])]
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def _rates(job: Job) -> list[str]:
+    lr, last = job.optimizer.lr, job.config.max_steps
+    if not callable(lr):
+        return [f"{float(lr):.6g}"]
+    shown = sorted({1 + round((last - 1) * part / 10) for part in range(11)})
+    return schedules.table(lambda step: lr(step - 1), shown).splitlines()

@@ -5,6 +5,10 @@ class FntrainError(Exception):
     """Base of the errors below."""
 
 
+class ConfigError(FntrainError, ValueError):
+    """A setting that can't be, or does not go with another one or with this machine; the message names it."""
+
+
 class DataExhaustedError(FntrainError):
     """The data ended before `max_steps`; the message says how many batches it gave."""
 

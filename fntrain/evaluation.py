@@ -25,7 +25,7 @@ class Evaluation:
     """A function state -> {name: float}; made by `evaluation`."""
 
     model: nn.Module = attrs.field(repr=lambda model: type(model).__name__)
-    fn: MetricsFn
+    fn: MetricsFn = attrs.field(repr=lambda fn: getattr(fn, "__qualname__", repr(fn)))
     data: Iterable[Batch] = attrs.field(repr=lambda data: f"<{type(data).__name__}>")
 
     def __call__(self, state: TrainState) -> dict[str, float]:

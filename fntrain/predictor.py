@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -15,10 +14,12 @@ from fntrain import tree
 from fntrain.batch import map_batch
 from fntrain.check import whole
 from fntrain.config import from_dict
+from fntrain.errors import ConfigError
 from fntrain.module import load_into
-from fntrain.recipe import Recipe
+from fntrain.recipe import Recipe, device_of
 from fntrain.shell.checkpoint import latest
 from fntrain.shell.params import load_params
+from fntrain.shell.remote import Place, RemotePath, place
 from fntrain.state import TrainState
 
 
@@ -65,7 +66,13 @@ class Predictor:
         return tree.map_tensors(Tensor.cpu, outputs)
 
 
-def predictor(recipe: Recipe, checkpoint: TrainState | str | os.PathLike[str], *, config: Any = None) -> Predictor:
+def predictor(
+    recipe: Recipe,
+    checkpoint: TrainState | str | os.PathLike[str],
+    *,
+    config: Any = None,
+    device: str | None = None,
+) -> Predictor:
     """Make a function of raw inputs from a trained recipe: preprocess, model in eval mode, postprocess.
 
     Args:
@@ -73,6 +80,10 @@ def predictor(recipe: Recipe, checkpoint: TrainState | str | os.PathLike[str], *
       checkpoint: directory of a run (its newest intact checkpoint, and its config.json), one checkpoint, a safetensors
         file, or a state, such as `ft.hooks.averaged(state)`.
       config: settings in place of the run's or the recipe's.
+      device: in place of the one in the settings, which may have been of another machine.
+    Raises:
+      CheckpointError: nothing there, damaged, or of another model.
+      ConfigError: the run's config.json is not of this recipe; there is no such device here.
     Raises:
       CheckpointError: nothing there, damaged, or of another model.
     Example:
@@ -91,12 +102,23 @@ def predictor(recipe: Recipe, checkpoint: TrainState | str | os.PathLike[str], *
         model = recipe.build_model(config)
         load_into(model, checkpoint)
     else:
-        path = Path(checkpoint)
-        kept = next((one / "config.json" for one in (path, path.parent) if (one / "config.json").is_file()), None)
-        if config is None:
-            config = recipe.config if kept is None else from_dict(recipe.config, json.loads(kept.read_text("utf-8")))
+        path = place(checkpoint)
+        config = _kept(recipe, path) if config is None else config
         model = recipe.build_model(config)
         load_params(latest(path) or path, model)
-    wanted = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(wanted).eval().requires_grad_(False)
+    config = config if device is None else attrs.evolve(config, device=device)
+    model.to(device_of(config)).eval().requires_grad_(False)
     return Predictor(recipe=recipe, model=model, config=config)
+
+
+def _kept(recipe: Recipe, path: Place) -> Any:
+    """The settings kept with a checkpoint: in its directory, the run's, or the one above (`best/` is in the run's)."""
+    above = [path.parent] if isinstance(path, RemotePath) else path.absolute().parents[:2]
+    for one in (path, *above):
+        kept = one / "config.json"
+        if kept.is_file():
+            try:
+                return from_dict(recipe.config, json.loads(kept.read_bytes()))
+            except (ValueError, AttributeError) as error:
+                raise ConfigError(f"{kept}: is not of this recipe ({error}); give config=...") from error
+    return recipe.config

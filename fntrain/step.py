@@ -87,7 +87,7 @@ class SupervisedStep:
     """
 
     model: nn.Module = attrs.field(repr=lambda model: type(model).__name__)
-    loss_fn: LossFn
+    loss_fn: LossFn = attrs.field(repr=lambda fn: getattr(fn, "__qualname__", repr(fn)))
     optimizer: Optimizer
     accumulate: int = attrs.field(default=1, kw_only=True)
     clip_grad_norm: float | None = attrs.field(default=None, kw_only=True)

@@ -18,7 +18,7 @@ from fntrain.state import TrainState
 class Evaluate:
     """The callback: runs a function of the state and adds what it says to the metrics."""
 
-    fn: Callable[[TrainState], Mapping[str, Any]]
+    fn: Callable[[TrainState], Mapping[str, Any]] = attrs.field(repr=lambda fn: getattr(fn, "__qualname__", repr(fn)))
     prefix: str
     weights: str | None = None
 

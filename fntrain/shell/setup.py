@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from fntrain.config import differences
+from fntrain.errors import ConfigError
+from fntrain.shell.remote import RemotePath, place
 
 _log = logging.getLogger("fntrain")
 
@@ -21,13 +23,16 @@ def setup(
 ) -> None:
     """Send the log to the console and to `log.txt` in the run's directory, report the environment, keep the config.
 
-    Call it once, from the script. The logger is "fntrain"; calling it again for another directory changes the file. A
-    config that differs from the one kept there by an earlier run is reported line by line, and takes its place.
+    Call it once, from the script. The logger is "fntrain"; calling it again for another directory changes the file.
+    Where the root logger has handlers already, as in some notebooks, the console is left to them.
 
     Args:
-      directory: of the run; made if it is not there.
-      config: plain values, as of `ft.to_dict(config)`; written to `config.json`.
+      directory: of the run, on the local file system; made if it is not there.
+      config: plain values, as of `ft.to_dict(config)`; written to `config.json`, see `keep_config`. `ft.default_hooks`
+        does that when the run has begun.
       level: of the log.
+    Raises:
+      ConfigError: the directory can't be written to.
     Example:
       >>> import tempfile
       >>> with tempfile.TemporaryDirectory() as directory:
@@ -38,13 +43,20 @@ def setup(
     Source: detectron2's default_setup
     """
     root = Path(directory)
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        file = _File(root / "log.txt", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"output_dir: can't be written to: {error}") from error
     for handler in list(_log.handlers):
         if isinstance(handler, _Console | _File):
             _log.removeHandler(handler)
             handler.close()
     formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    for handler in (_Console(sys.stderr), _File(root / "log.txt", encoding="utf-8")):
+    handlers: list[logging.Handler] = [file]
+    if not logging.getLogger().handlers:  # the root logger's show it already
+        handlers.append(_Console(sys.stderr))
+    for handler in handlers:
         handler.setFormatter(formatter)
         _log.addHandler(handler)
     _log.setLevel(level)
@@ -52,7 +64,7 @@ def setup(
     for line in environment():
         _log.info(line)
     if config is not None:
-        _keep(root / "config.json", config)
+        keep_config(root, config)
 
 
 def environment() -> list[str]:
@@ -74,17 +86,29 @@ def environment() -> list[str]:
     return lines
 
 
-def _keep(path: Path, config: Mapping[str, Any]) -> None:
+def keep_config(directory: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+    """Write a config to `config.json` in a run's directory; what differs from the one there is logged, line by line.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     keep_config(directory, {"lr": 0.1})
+      ...     Path(directory, "config.json").read_text().split()
+      ['{', '"lr":', '0.1', '}']
+    """
+    path = place(directory) / "config.json"
     text = json.dumps(config, indent=2) + "\n"
-    for line in text.splitlines():
-        _log.debug(line)
     if path.exists():
         try:
-            changed = differences(json.loads(path.read_text(encoding="utf-8")), config)
+            changed = differences(json.loads(path.read_bytes()), config)
         except (ValueError, AttributeError):
             changed = [f"{path} was no config"]
         for line in changed:
             _log.warning("config changed since the last run here: %s", line)
+    if isinstance(path, RemotePath):
+        path.write_bytes(text.encode())
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -1,6 +1,7 @@
 """writers.tensorboard: event files for TensorBoard."""
 
 import os
+import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ class TensorBoard:
     """Writes event files; made by `tensorboard`."""
 
     directory: str
-    hparams: Mapping[str, Any] | None
+    hparams: Mapping[str, Any] | None = attrs.field(repr=reprlib.repr)
 
     @contextmanager
     def open(self, start_step: int) -> Iterator[WriteRow]:

@@ -268,3 +268,12 @@ def test_resume_from_nothing_or_another_job_consumes_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="seed is 7"):
         ft.resume_or(state, tmp_path)
     assert len(state.params) == 4
+
+
+def test_a_directory_that_was_renamed_is_no_checkpoint_of_that_step(tmp_path):
+    """A name that claims another step is refused: retention and resuming go by it; any other name is fine."""
+    path = ft.save(ft.TrainState(step=3, position=3, seed=0, params={"w": torch.zeros(2)}), tmp_path)
+    other = path.rename(tmp_path / "step_00000700")
+    with pytest.raises(ft.CheckpointError, match="holds step 3; a directory that was renamed"):
+        ft.load(other)
+    assert ft.load(other.rename(tmp_path / "good_one")).step == 3

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fntrain import tree
 from fntrain.errors import CheckpointError
 from fntrain.lease import FIELDS, Leased
 from fntrain.shell.directory import commit, complete, readable, told
@@ -45,7 +46,7 @@ def save(state: TrainState, directory: str | os.PathLike[str]) -> Place:
       ('step_00000005', True)
     """
     contents = Contents.of(state)
-    return commit(place(directory), contents, contents.tensors)
+    return commit(place(directory), contents, map(tree.to_bytes, contents.tensors))
 
 
 def load(path: str | os.PathLike[str], *, into: TrainState | None = None, verify: Verify = "full") -> TrainState:

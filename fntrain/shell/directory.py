@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import attrs
-from torch import Tensor
 
 from fntrain.errors import CheckpointError
 from fntrain.shell.files import MANIFEST, Contents, check_files, write_files
@@ -204,32 +203,36 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def commit(root: Place, contents: Contents, tensors: Iterable[Tensor]) -> Place:
+def commit(root: Place, contents: Contents, data: Iterable[memoryview]) -> Place:
     """Write a checkpoint and bring it into view once all of it is on the disk; returns its path.
 
     Raises:
       CheckpointError: it could not be written; what was in view still is.
     """
     target = root / name_of(contents.step)
+    # What a network raises is its library's own: fsspec does not make all of it OSErrors.
+    kinds = Exception if isinstance(root, RemotePath) else OSError
     try:
         with writing(root):
             if isinstance(target, RemotePath):
-                _upload(target, contents, tensors)
+                _upload(target, contents, data)
             else:
-                _write_aside(target, contents, tensors)
-    except OSError as error:
+                _write_aside(target, contents, data)
+    except CheckpointError:
+        raise
+    except kinds as error:
         raise CheckpointError(
             f"{target}: could not be written: {error}; earlier checkpoints are as they were"
         ) from error
     return target
 
 
-def _write_aside(target: Path, contents: Contents, tensors: Iterable[Tensor]) -> None:
+def _write_aside(target: Path, contents: Contents, data: Iterable[memoryview]) -> None:
     partial = target.with_name(f".partial-{target.name}-{uuid.uuid4().hex[:8]}")
     old = target.with_name(target.name + ".old")
     try:
         partial.mkdir()
-        write_files(contents, tensors, partial)
+        write_files(contents, data, partial)
         fsync(partial)
         with _turn:
             if target.exists():
@@ -242,11 +245,11 @@ def _write_aside(target: Path, contents: Contents, tensors: Iterable[Tensor]) ->
         shutil.rmtree(partial, ignore_errors=True)  # gone already if it was published
 
 
-def _upload(target: RemotePath, contents: Contents, tensors: Iterable[Tensor]) -> None:
+def _upload(target: RemotePath, contents: Contents, data: Iterable[memoryview]) -> None:
     """Write the files, the manifest last; files of a former checkpoint of this step keep their names until then."""
     with _turn:
         former = list(target.iterdir()) if target.is_dir() else []
-        write_files(contents, tensors, target, mark=f"-{uuid.uuid4().hex[:8]}" if former else "")
+        write_files(contents, data, target, mark=f"-{uuid.uuid4().hex[:8]}" if former else "")
         for path in former:
             if path.name != MANIFEST:
                 path.remove()

@@ -24,7 +24,7 @@ from torch import Tensor
 from fntrain import tree
 from fntrain.errors import CheckpointError
 from fntrain.shell.remote import Place, RemotePath
-from fntrain.shell.tensor_file import DTYPES, PART, Reader, Writer, crc32, crc32_parts, header, nbytes
+from fntrain.shell.tensor_file import DTYPES, PART, Reader, Writer, crc32, crc32_parts, grouped, header, nbytes
 from fntrain.shell.upgrade import SCHEMA, upgraded
 from fntrain.state import SAVED, TrainState, saved_fields
 from fntrain.tree import PyTree
@@ -33,7 +33,7 @@ Verify = Literal["full", "structure"]
 MODEL, TRAIN, MANIFEST = "model.safetensors", "train.safetensors", "state.json"
 _SEALED = re.compile(rb'\{"crc32": (\d{1,10}), "manifest": (.*)\}', re.DOTALL)
 _FILE = re.compile(r"(model|train)[0-9a-z-]{0,40}\.safetensors")
-_SMALL = 1 << 16  # bytes: hashed at once, a thread would cost more
+_STEP = re.compile(r"step_(\d{1,19})(\.old)?")
 
 
 @attrs.frozen(eq=False)
@@ -83,19 +83,19 @@ class Contents:
         return cls(state.step, _encode(fields, ""), entries, [tensors[leaf].detach() for leaf in order])
 
 
-def write_files(contents: Contents, tensors: Iterable[Tensor], place: Place, mark: str = "") -> None:
+def write_files(contents: Contents, data: Iterable[memoryview], place: Place, mark: str = "") -> None:
     """Write the files of a checkpoint, each on the disk before the next is begun; the manifest last.
 
     Args:
       contents: of the state.
-      tensors: the values, in the order of `contents.tensors`; read one by one.
+      data: the values, in the order of `contents.tensors`; taken as they are written.
       place: a directory that is there.
       mark: put into the names of the files, where files of an earlier attempt must stay.
     """
-    left = iter(zip(contents.entries, tensors, strict=True))
+    left = iter(data)
     files: dict[str, dict[str, Any]] = {}
     entries: dict[str, dict[str, Any]] = {}
-    sums: dict[str, list[int] | Future[list[int]]] = {}
+    sums: list[Future[list[list[int]]]] = []
     with ThreadPoolExecutor(1, thread_name_prefix="fntrain-crc32") as hasher:
         for kind in (MODEL, TRAIN):
             file = kind.replace(".", mark + ".", 1)
@@ -105,15 +105,14 @@ def write_files(contents: Contents, tensors: Iterable[Tensor], place: Place, mar
             )
             with Writer(place / file) as out:
                 out.write(head)
-                for leaf, tensor in islice(left, len(mine)):
-                    data = tree.to_bytes(tensor)
-                    small = data.nbytes < _SMALL
-                    sums[leaf] = crc32_parts(data) if small else hasher.submit(crc32_parts, data)
-                    out.write(data)
+                # In large groups: a call for each tensor would wait each time for a thread that trains to let it in.
+                for group in grouped(islice(left, len(mine)), PART):
+                    sums.append(hasher.submit(lambda views: [crc32_parts(view) for view in views], group))
+                    out.write(*group)
             files[file] = {"header": len(head), "crc32": crc32(head), "bytes": out.written}
             entries |= mine
-    for leaf, found in sums.items():
-        entries[leaf]["crc32"] = found.result() if isinstance(found, Future) else found
+    for entry, found in zip(entries.values(), (one for group in sums for one in group.result()), strict=True):
+        entry["crc32"] = found
     manifest = {
         "format": "fntrain",
         "schema": SCHEMA,
@@ -230,6 +229,9 @@ def _decoded(path: Place, manifest: Mapping[str, Any], tensors: Mapping[str, Ten
     try:
         fields = _decode(manifest["state"], tensors)
         _check_fields(fields)
+        named = _STEP.fullmatch(path.name)
+        if named and int(named[1]) != fields["step"]:
+            raise CheckpointError(f"{path}: holds step {fields['step']}; a directory that was renamed")
         return TrainState(**{name: fields[name] for name in SAVED})
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, struct.error) as error:
         raise CheckpointError(f"{path / MANIFEST}: structure is damaged: {error!r}") from error

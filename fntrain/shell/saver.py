@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fntrain import tree
 from fntrain.shell.directory import clean, commit, writing
 from fntrain.shell.files import Contents
 from fntrain.shell.remote import Place
@@ -55,12 +56,12 @@ class Saver:
         self.wait()
         contents = Contents.of(state)
         if self.buffers is None:
-            self._commit(contents, contents.tensors, then)
+            self._commit(contents, map(tree.to_bytes, contents.tensors), then)
         else:
-            tensors, copied = self.buffers.copy(contents.tensors)
+            data, copied = self.buffers.copy(contents.tensors)
             contents.tensors.clear()  # a state of the pure step would live until it is on the disk
             earlier = [saver.pending for saver in _open if saver is not self and saver.pending is not None]
-            self.pending = self.thread.submit(self._commit, contents, tensors, then, copied, earlier)
+            self.pending = self.thread.submit(self._commit, contents, data, then, copied, earlier)
             _log.debug("step %s: copied in %.3f s", state.step, time.perf_counter() - begin)
 
     def check(self) -> None:
@@ -80,7 +81,7 @@ class Saver:
     def _commit(
         self,
         contents: Contents,
-        tensors: list[Tensor],
+        data: Iterable[memoryview],
         then: Callable[[], None],
         copied: Sequence[Any] = (),
         earlier: Sequence[Future[None]] = (),
@@ -90,7 +91,7 @@ class Saver:
             event.synchronize()
         for save in earlier:
             save.exception()  # what this state remembers of other hooks' saves must be on the disk before it
-        path = commit(self.root, contents, tensors)
+        path = commit(self.root, contents, data)
         _log.info("saved %s in %.3f s", path, time.perf_counter() - begin)
         then()
 
@@ -102,9 +103,10 @@ class HostBuffers:
         self.memory = torch.empty(0, dtype=torch.uint8)
         self.kinds: list[Any] = []
         self.views: list[Tensor] = []
+        self.data: list[memoryview] = []  # the bytes of the views
 
-    def copy(self, tensors: list[Tensor]) -> tuple[list[Tensor], list[Any]]:
-        """Copy tensors; returns the copies, and events to wait for until they are there.
+    def copy(self, tensors: list[Tensor]) -> tuple[list[memoryview], list[Any]]:
+        """Copy tensors; returns the bytes of the copies, and events to wait for until they are there.
 
         The copies are written over by the next call. From a CUDA device they are made in the order of its stream, so
         what writes to the tensors after this call need not wait; from elsewhere they are there at once.
@@ -125,7 +127,7 @@ class HostBuffers:
             event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(device))
             events.append(event)
-        return self.views, events
+        return self.data, events
 
     def _lay_out(self, tensors: list[Tensor]) -> None:
         starts, end = [], 0
@@ -134,10 +136,11 @@ class HostBuffers:
             end += -(-tensor.numel() * tensor.element_size() // 64) * 64
         pinned = any(tensor.device.type == "cuda" for tensor in tensors)
         if end > self.memory.numel() or pinned != self.memory.is_pinned():
-            self.views = []
+            self.views, self.data = [], []
             self.memory = torch.empty(0, dtype=torch.uint8)  # the old before the new
             self.memory = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
         self.views = [
             self.memory[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
             for start, tensor in zip(starts, tensors, strict=True)
         ]
+        self.data = [tree.to_bytes(view) for view in self.views]

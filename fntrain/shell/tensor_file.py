@@ -7,7 +7,7 @@ and not an exception. The format is eight bytes with the length of a JSON header
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -47,7 +47,6 @@ DTYPES = {
 }
 PART = 1 << 24  # bytes under one checksum, so that several threads can check one tensor
 _WRITE = 1 << 24  # bytes in one system call
-_BUFFER = 1 << 20  # small tensors are written together
 
 
 def crc32(data: Buffer, value: int = 0) -> int:
@@ -118,23 +117,28 @@ class Writer:
     def __init__(self, path: Place) -> None:
         self.path = path
         self.written = 0
-        self.begun = 0  # bytes that the disk was told to begin with
-        self.file: Any = path.create() if isinstance(path, RemotePath) else path.open("wb", buffering=_BUFFER)
+        self.file: Any = path.create() if isinstance(path, RemotePath) else path.open("wb", buffering=0)
 
     def __enter__(self) -> "Writer":
         return self
 
-    def write(self, data: Buffer) -> None:
-        """Write all of it; what is large is not copied."""
-        view = memoryview(data)
-        while view.nbytes:
-            count = self.file.write(view[:_WRITE])
-            self.written += count
-            view = view[count:]
-            if self.written - self.begun >= _WRITE and not isinstance(self.path, RemotePath):
-                # Writing back goes on beside the writing; otherwise it would begin with the fsync.
-                os.posix_fadvise(self.file.fileno(), self.begun, self.written - self.begun, os.POSIX_FADV_DONTNEED)
-                self.begun = self.written
+    def write(self, *data: Buffer) -> None:
+        """Write all of it, in order; nothing is copied."""
+        for group in grouped(_pieces(data), _WRITE):
+            begin = self.written
+            while group:
+                if isinstance(self.path, RemotePath):
+                    count = self.file.write(group[0])
+                else:
+                    count = os.writev(self.file.fileno(), group)
+                self.written += count
+                while group and count >= group[0].nbytes:
+                    count -= group.pop(0).nbytes
+                if group:
+                    group[0] = group[0][count:]
+            if not isinstance(self.path, RemotePath) and hasattr(os, "posix_fadvise"):
+                # Writing back begins now and goes on beside the writing; otherwise it would begin with the fsync.
+                os.posix_fadvise(self.file.fileno(), begin, self.written - begin, os.POSIX_FADV_DONTNEED)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if isinstance(self.path, RemotePath):
@@ -142,10 +146,35 @@ class Writer:
             return
         try:
             if kind is None:
-                self.file.flush()
                 os.fsync(self.file.fileno())
         finally:
             self.file.close()
+
+
+def grouped(views: Iterable[memoryview], size: int) -> Iterator[list[memoryview]]:
+    """Gather bytes into groups of at least this size but the last, and of few enough for one system call.
+
+    Example:
+      >>> [len(group) for group in grouped([memoryview(b"abc")] * 5, 6)]
+      [2, 2, 1]
+    """
+    group: list[memoryview] = []
+    filled = 0
+    for view in views:
+        group.append(view)
+        filled += view.nbytes
+        if filled >= size or len(group) == 512:
+            yield group
+            group, filled = [], 0
+    if group:
+        yield group
+
+
+def _pieces(data: Iterable[Buffer]) -> Iterator[memoryview]:
+    for one in data:
+        view = memoryview(one)
+        for at in range(0, view.nbytes, _WRITE):
+            yield view[at : at + _WRITE]
 
 
 class Reader:

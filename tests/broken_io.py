@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 import fntrain as ft
-from fntrain import data, permutation
+from fntrain import data, permutation, tree
 from fntrain.shell import checkpoint, tensor_file
 from fntrain.shell.directory import commit, name_of
 from fntrain.shell.files import Contents
@@ -117,7 +117,7 @@ def commit_in_place(root: Path, contents: Any, tensors: Any) -> Path:
 def save_in_place(state: TrainState, directory: Path) -> Path:
     """`commit_in_place` by hand."""
     contents = Contents.of(state)
-    return commit_in_place(Path(directory), contents, contents.tensors)
+    return commit_in_place(Path(directory), contents, map(tree.to_bytes, contents.tensors))
 
 
 def save_without_strides(state: TrainState, directory: Path) -> Path:

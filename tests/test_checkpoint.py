@@ -632,7 +632,7 @@ def test_law_atomic_can_fail(tmp_path, monkeypatch, step):
 def test_a_failed_save_leaves_no_partial_directory(tmp_path, monkeypatch):
     """An OSError while writing is a CheckpointError that says so, and cleans up after itself."""
     counted = Counted(tensor_file.Writer.write, 3, OSError(28, "No space left on device"))
-    monkeypatch.setattr(tensor_file.Writer, "write", lambda writer, data: counted(writer, data))
+    monkeypatch.setattr(tensor_file.Writer, "write", lambda writer, *data: counted(writer, *data))
     with pytest.raises(CheckpointError, match="No space left on device"):
         files.save(make_state(1), tmp_path)
     assert names(tmp_path) == []

@@ -194,11 +194,12 @@ class Seams:
         self.calls, self.at, self.error = [], 0, None
         write, write_bytes, remove = tensor_file.Writer.write, RemotePath.write_bytes, RemotePath.remove
 
-        def half(out, data):
+        def half(out, *data):
             if self.counted(out.path):
-                write(out, memoryview(data)[: memoryview(data).nbytes // 2])
+                whole = b"".join(data)
+                write(out, whole[: len(whole) // 2])
                 raise self.error
-            write(out, data)
+            write(out, *data)
 
         def whole(path, data):
             if self.counted(path):

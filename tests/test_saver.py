@@ -248,10 +248,10 @@ def fail_once(monkeypatch, error):
     """The next write to a file fails."""
     write, left = tensor_file.Writer.write, [error]
 
-    def failing(self, data):
+    def failing(self, *data):
         if left:
             raise left.pop()
-        return write(self, data)
+        return write(self, *data)
 
     monkeypatch.setattr(tensor_file.Writer, "write", failing)
 

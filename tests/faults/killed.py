@@ -160,10 +160,10 @@ def law_killed(variant, root, kills, seed):
     return steps
 
 
-def write_in_view(target, contents, tensors):
+def write_in_view(target, contents, data):
     """The broken twin: straight into the directory that others read."""
     target.mkdir()
-    write_files(contents, tensors, target)
+    write_files(contents, data, target)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, default_collate
 from fntrain.check import whole
 from fntrain.permutation import permutation
 from fntrain.rng import fold_in, preserved_generators, seed_generators
+from fntrain.worker import heed_parent_only
 
 Sample = tuple[int, int]  # (epoch, index in the data set)
 # Keep the draws of reading apart from each other and from those of the training step of the same number.
@@ -142,7 +143,11 @@ class Stream:
         """
         workers: dict[str, Any] = {}
         if self.num_workers > 0:
-            workers = {"num_workers": self.num_workers, "prefetch_factor": self.prefetch_factor}
+            workers = {
+                "num_workers": self.num_workers,
+                "prefetch_factor": self.prefetch_factor,
+                "worker_init_fn": heed_parent_only,
+            }
         seeded: Any = _Seeded(self.dataset, self.collate_fn or default_collate, self.seed)
         loader: DataLoader[Any] = DataLoader(
             seeded,

@@ -19,7 +19,7 @@ FORBIDDEN = re.compile(
 PURE = [
     path
     for path in ROOT.glob("*.py")
-    if path.name not in ("__init__.py", "__main__.py", "testing.py", "recipe.py", "cli.py", "predictor.py")
+    if path.name not in ("__init__.py", "__main__.py", "testing.py", "recipe.py", "cli.py", "predictor.py", "worker.py")
 ]
 
 

@@ -78,8 +78,8 @@ def test_the_law_can_fail(tmp_path, kind):
 
 
 def test_loader_workers_outlive_a_signal_to_the_whole_group(tmp_path):
-    """Ctrl-C and SIGUSR1 reach the workers too, which go on until the run has ended; terminate() ends a child."""
-    law_ends_with_one_save(tmp_path, [("workers", number, os.killpg) for number in (signal.SIGINT, signal.SIGUSR1)])
+    """A scheduler and Ctrl-C reach the workers too, which go on until the run has ended; terminate() ends a child."""
+    law_ends_with_one_save(tmp_path, [("workers", number, os.killpg) for number in NUMBERS])
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):

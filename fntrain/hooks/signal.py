@@ -42,8 +42,8 @@ def on_signal(
     `state.run.stop` names the signal. A second one ends the process at once, after Python has seen the first (C code
     that is running returns before). None is lost: one that comes when the run is ending exits all the same, one beside
     an error is a note of it. Each process decides for itself: ranks must get it between the same two steps.
-    Children by fork heed SIGTERM alone, as Ctrl-C and `timeout` signal the whole group. SIGTERM to the whole group ends
-    a DataLoader's workers, and so the run by an error that saves nothing: send it to the main process, or use SIGUSR1.
+    Schedulers and Ctrl-C signal all processes of a job: children by fork heed SIGTERM alone, and workers of
+    `ft.data.stream` only their parent's. SIGTERM to all ends a DataLoader of your own, and so the run by an error.
 
     SLURM, in the batch script; the signal comes 2 to 3 minutes before the time limit:
 

@@ -407,7 +407,8 @@ def _read_all(parts: list[_Part], verify: Verify) -> None:
             filled = 0
         groups[-1].append(part)
         filled += part.length
-    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0))), thread_name_prefix="fntrain-read") as pool:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
+    with ThreadPoolExecutor(min(8, cores), thread_name_prefix="fntrain-read") as pool:
         read = [pool.submit(lambda group: [part.problem(verify) for part in group], group) for group in groups]
         try:
             for problem in (problem for group in read for problem in group.result()):

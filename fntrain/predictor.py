@@ -84,8 +84,6 @@ def predictor(
     Raises:
       CheckpointError: nothing there, damaged, or of another model.
       ConfigError: the run's config.json is not of this recipe; there is no such device here.
-    Raises:
-      CheckpointError: nothing there, damaged, or of another model.
     Example:
       >>> recipe = ft.Recipe(build_model=lambda config: nn.Linear(2, 1), build_data=lambda config: [],
       ...                    loss_fn=lambda model, batch: model(batch).mean(), postprocess=lambda output: output.item())

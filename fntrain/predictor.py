@@ -84,8 +84,6 @@ def predictor(
     Raises:
       CheckpointError: nothing there, damaged, or of another model.
       ConfigError: the run's config.json is not of this recipe; there is no such device here.
-    Raises:
-      CheckpointError: nothing there, damaged, or of another model.
     Example:
       >>> recipe = ft.Recipe(build_model=lambda config: nn.Linear(2, 1), build_data=lambda config: [],
       ...                    loss_fn=lambda model, batch: model(batch).mean(), postprocess=lambda output: output.item())
@@ -113,8 +111,8 @@ def predictor(
 
 def _kept(recipe: Recipe, path: Place) -> Any:
     """The settings kept with a checkpoint: in its directory, the run's, or the one above (`best/` is in the run's)."""
-    above = [path.parent] if isinstance(path, RemotePath) else path.absolute().parents[:2]
-    for one in (path, *above):
+    path = path if isinstance(path, RemotePath) else path.absolute()
+    for one in (path, path.parent, path.parent.parent):
         kept = one / "config.json"
         if kept.is_file():
             try:

@@ -61,6 +61,32 @@ def test_the_comparison_can_fail(monkeypatch):
     assert scales(values, mode="min", patience=0) != torch_scales(values, mode="min", patience=0)
 
 
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("best", [-2.0, -1e-3, 0.0, 3.0])
+def test_what_is_no_better_is_no_improvement(mode, best):
+    """A metric may be below 0, as a log-likelihood is: standing still is a plateau there too, a step ahead is none."""
+    options = {"mode": mode, "patience": 1, "factor": 0.5, "threshold": 0.1}
+    assert scales([best] * 4, **options) == [1.0, 1.0, 0.5, 0.5]
+    ahead = 0.3 if mode == "max" else -0.3
+    assert scales([best + ahead * abs(best or 1) * k for k in range(4)], **options) == [1.0] * 4
+
+
+def test_a_run_that_was_stopped_has_the_rates_of_one_that_was_not():
+    """An evaluation that runs only because the run ends is no report, as early_stopping has it."""
+
+    def run(*stops):
+        state = ft.TrainState(step=0, position=0, seed=0, params={})
+        for stop in stops:
+            hooks = [ft.hooks.evaluate(lambda state: {"loss": 1.0}, every=4)]
+            hooks.append(ft.hooks.reduce_lr_on_plateau("eval/loss", mode="min", patience=2))
+            data = iter(range(stop - state.step))
+            state = ft.fit(lambda state, _: state.advance(metrics={}), hooks, state=state, data=data, max_steps=stop)
+        return state
+
+    assert run(5, 6, 7, 8, 9, 10) == run(10)
+    assert ft.optim.lr_scale(run(5, 6, 7, 16)) == 0.1
+
+
 def make(form, *, optimizer=None, groups=None):
     """A job whose learning rate falls twice."""
     torch.manual_seed(0)

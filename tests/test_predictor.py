@@ -64,6 +64,8 @@ def test_a_run_elsewhere_has_its_settings_there(tmp_path, monkeypatch):
     predict = ft.predictor(PREDICTING, "memory://test_predictor/runs/step_00000006")
     assert predict.config == attrs.evolve(settings, max_steps=8)
     assert predict(RAWS[0]) == ft.predictor(PREDICTING, result.state, config=settings)(RAWS[0])
+    best = ft.save(result.state, "memory://test_predictor/runs/best")
+    assert ft.predictor(PREDICTING, best).config == ft.predictor(PREDICTING, best.parent).config == predict.config
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,6 +5,8 @@ import torch
 from cases import make, square_loss
 
 import fntrain as ft
+from fntrain import TrainState
+from fntrain.shell import files
 from fntrain.testing import assert_resume_exact
 
 SAMPLES = torch.randn(22, 6, generator=torch.Generator().manual_seed(5))
@@ -111,3 +113,13 @@ def test_a_longer_horizon_goes_on_exactly():
     first, second, whole = (job("dropout", optimizer=constant)() for _ in range(3))
     half = ft.fit(**first, max_steps=3)
     assert ft.fit(**second | {"state": half}, max_steps=6) == ft.fit(**whole, max_steps=6)
+
+
+def test_on_a_device_there_is_no_second_copy_of_the_weights(tmp_path, monkeypatch):
+    """Parameters and buffers wait on the host to be copied to the model's; what the model does not have goes there."""
+    entry = files._entry
+    monkeypatch.setattr(files, "_entry", lambda *leaf: entry(*leaf) | {"device": "cuda"})
+    state = TrainState(step=1, position=1, seed=0, params={"w": torch.ones(2)}, buffers={"b": torch.ones(1)})
+    path = ft.save(state.replace(opt_state={"w": {"exp_avg": torch.ones(2)}}), tmp_path)
+    read = files.read_files(path, device=torch.device("meta"))
+    assert not read.params["w"].is_meta and not read.buffers["b"].is_meta and read.opt_state["w"]["exp_avg"].is_meta

@@ -5,6 +5,7 @@ import logging
 import math
 import pickle
 import statistics
+import time
 
 import attrs
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fntrain as ft
+from fntrain.shell import saver
 from fntrain.shell.checkpoint import checkpoints
 from fntrain.testing import assert_resume_exact, assert_states_equal
 
@@ -242,6 +244,22 @@ def test_writers_and_checkpoints_follow(tmp_path):
     assert steps[-1] == (9, [13, 10, 3])
     text = (tmp_path / "metrics.jsonl").read_text()
     assert '"rollbacks": 1.0' in text and '"loss": 9' not in text
+
+
+def test_a_save_still_under_way_is_of_the_branch_left_too(tmp_path, monkeypatch):
+    """It comes into view after the roll-back, and the next save deletes it as those that were in view."""
+    commit = saver.commit
+
+    def slowly(root, contents, data):
+        time.sleep(0.3 if contents.step == 4 else 0)
+        return commit(root, contents, data)
+
+    monkeypatch.setattr(saver, "commit", slowly)
+    hooks = [rollback(snapshot_every=6), ft.hooks.checkpoint(tmp_path, every=2)]
+    for state in ft.states(report, hooks, state=start(), data=Losses([1, 1, 1, 1, 9]), max_steps=9):
+        if state.position == 7:  # step 2 again, after step 5 led back to 0
+            break
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000002"]
 
 
 def test_a_look_every_few_steps_finds_the_same_spike_later():

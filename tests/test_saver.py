@@ -148,6 +148,22 @@ def test_the_old_state_of_a_pure_step_is_not_kept(tmp_path, held):
 # One at a time.
 
 
+def test_no_batch_is_kept(tmp_path):
+    """While a batch is read the one before is gone: looking at saves between steps costs no memory."""
+    alive, counts = weakref.WeakSet(), []
+
+    def data():
+        while True:
+            counts.append(len(alive))
+            batch = torch.zeros(1)
+            alive.add(batch)
+            yield batch
+            del batch
+
+    ft.fit(pure_step, ft.hooks.checkpoint(tmp_path, every=9), state=fresh(), data=data(), max_steps=4)
+    assert counts == [0] * 4
+
+
 def law_one_at_a_time(root, held):
     with Saver(root) as one:
         one.save(fresh(), lambda: held.order.append("then"))

@@ -156,6 +156,13 @@ def test_a_large_tensor_is_read_by_several_threads(tmp_path):
     assert ft.load(ft.save(state, tmp_path)) == state
 
 
+def test_a_system_need_not_tell_which_cores_it_gives(tmp_path, monkeypatch):
+    """As macOS does not."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    state = TrainState(step=1, position=1, seed=0, params={"w": torch.ones(3)})
+    assert ft.load(ft.save(state, tmp_path)) == state
+
+
 def test_reads_and_writes_may_be_short(tmp_path, monkeypatch):
     """A system call that handles a part only is followed by another."""
     preadv = os.preadv

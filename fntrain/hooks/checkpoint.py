@@ -97,9 +97,11 @@ class _Live:
         for batch in batches:
             self.saver.check()  # at every step, whatever the gates: a failed save is told at once
             yield batch
+            del batch  # or it would live until the next one is there
 
     def write(self, state: TrainState, keep: Callable[[list[int]], Collection[int]]) -> None:
         step = state.step  # not the state: it would live until it is on the disk
+        self.saver.wait()  # a save that is under way may be of the branch left
         left = later(self.saver.root, step)  # now: what comes while the thread writes is of no branch left
         self.saver.save(state, lambda: retain(self.saver.root, step, keep, left))
 

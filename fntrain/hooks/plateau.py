@@ -29,7 +29,7 @@ class ReduceLROnPlateau:
 
     def __call__(self, state: TrainState) -> TrainState | None:
         memory = state.hooks[self.name]
-        if self.metric not in state.metrics or memory["step"] == state.step:  # after_train shows the last step again
+        if self.metric not in state.metrics:
             return None
         value = float(state.metrics[self.metric])
         best = memory["best"]
@@ -45,13 +45,12 @@ class ReduceLROnPlateau:
             if new < old:
                 _log.info("step %s: %s is on a plateau; learning rates x %g from now on", state.step, self.metric, new)
                 state = state.replace(extra={**state.extra, LR_SCALE: new})
-        return remember(state, self.name, {"best": best, "bad": bad, "resting": resting, "step": state.step})
+        return remember(state, self.name, {"best": best, "bad": bad, "resting": resting})
 
     def improves(self, value: float, best: float) -> bool:
         """Whether a value is better than the best by more than the threshold; nan is not."""
-        if self.mode == "max":
-            return value > best * (1 + self.threshold)
-        return value < best * (1 - self.threshold)
+        part = math.copysign(self.threshold, best) if math.isfinite(best) else 0.0
+        return value > best * (1 + part) if self.mode == "max" else value < best * (1 - part)
 
 
 def reduce_lr_on_plateau(
@@ -71,11 +70,12 @@ def reduce_lr_on_plateau(
     metric `lr` shows the product. List it after the hook that reports the metric and before `hooks.checkpoint`.
 
     Args:
-      metric: name in `state.metrics`; steps without it do not count. nan is no improvement.
+      metric: name in `state.metrics`; steps without it do not count, nor does an evaluation that runs only because the
+        run ends: one that was stopped and goes on has the rates of one that was not. nan is no improvement.
       mode: "max" if more is better, "min" if less is.
       factor: between 0 and 1.
       patience: number of reports without improvement that are borne.
-      threshold: an improvement is at least this part of the best value.
+      threshold: an improvement is more than this part of the best value, whatever its sign.
       cooldown: number of reports after a reduction that are not counted.
       min_scale: the product of the factors does not get below.
       name: unique in a run; the best value is in `state.hooks[name]`.
@@ -85,7 +85,7 @@ def reduce_lr_on_plateau(
       >>> reduce_lr_on_plateau("eval/loss", mode="min", patience=3).name
       'reduce_lr_on_plateau'
 
-    Source: torch.optim.lr_scheduler.ReduceLROnPlateau
+    Source: torch.optim.lr_scheduler.ReduceLROnPlateau, for which a value below 0 is better than itself
     """
     if mode not in ("max", "min"):
         raise ValueError(f'mode: got {mode!r}, expected "max" or "min"')
@@ -100,4 +100,4 @@ def reduce_lr_on_plateau(
         metric, mode, factor, whole("patience", patience, 0), threshold, whole("cooldown", cooldown, 0), min_scale, name
     )
     worst = -math.inf if mode == "max" else math.inf
-    return stateful(name, {"best": worst, "bad": 0, "resting": 0, "step": -1}, after_step=record, after_train=record)
+    return stateful(name, {"best": worst, "bad": 0, "resting": 0}, after_step=record)

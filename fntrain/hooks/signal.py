@@ -53,8 +53,9 @@ def on_signal(
         exit $status
 
     Kubernetes sends SIGTERM to the container's first process: start it by `exec python train.py`, let
-    `terminationGracePeriodSeconds` be more than a step and a save take, and have it run again by `restartPolicy:
-    OnFailure` (or the training operator's `ExitCode`, to which 128 to 255 means "again").
+    `terminationGracePeriodSeconds` be more than a step, a save and what else runs `at_end` take (`evaluate` does,
+    before the save), and have it run again by `restartPolicy: OnFailure` (or the training operator's `ExitCode`, to
+    which 128 to 255 means "again").
 
     Args:
       signals: names or members of signal.Signals, one or several.

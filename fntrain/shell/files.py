@@ -145,13 +145,14 @@ def read_files(
       path: of the checkpoint.
       verify: "full" checks every byte; "structure" all but the values of the tensors.
       into: tensors by dotted path, written over where name, shape and dtype are right.
-      device: of the parameters: tensors that were on a device when saved go there; what was on the CPU stays.
+      device: of the parameters: tensors that were on a device when saved go there; what was on the CPU stays, and so
+        do parameters and buffers, which the caller copies to where they belong: there is no second copy on the device.
     """
     manifest = _read_manifest(path)
     tensors = _read_tensors(path, manifest, manifest["tensors"], verify, into=into or {})
     if device is not None and device.type != "cpu":
         for leaf, entry in manifest["tensors"].items():
-            if "device" in entry:
+            if "device" in entry and _place(leaf)[0] == TRAIN:
                 tensors[leaf] = tensors[leaf].to(device)
     return _decoded(path, manifest, tensors)
 
@@ -407,7 +408,8 @@ def _read_all(parts: list[_Part], verify: Verify) -> None:
             filled = 0
         groups[-1].append(part)
         filled += part.length
-    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0))), thread_name_prefix="fntrain-read") as pool:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
+    with ThreadPoolExecutor(min(8, cores), thread_name_prefix="fntrain-read") as pool:
         read = [pool.submit(lambda group: [part.problem(verify) for part in group], group) for group in groups]
         try:
             for problem in (problem for group in read for problem in group.result()):

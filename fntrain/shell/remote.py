@@ -39,7 +39,8 @@ class RemotePath:
 
     @property
     def parent(self) -> "RemotePath":
-        return RemotePath(self.fs, self.url.rpartition("/")[0])
+        head = self.url.rpartition("/")[0]
+        return self if head.endswith(":/") else RemotePath(self.fs, head)  # a root's is itself, as pathlib has it
 
     def __truediv__(self, name: str) -> "RemotePath":
         return RemotePath(self.fs, f"{self.url}/{name}")

@@ -40,8 +40,8 @@ class Jsonl:
 def jsonl(path: str | os.PathLike[str]) -> Jsonl:
     """Write scalars to a file, one JSON object per line, `step` first; nan and inf are written as null.
 
-    A run first drops the lines of steps after its start (and a last line that a kill cut short), so no step appears
-    twice; the file as it was is kept beside it, with the ending `.old`.
+    A run first drops the lines of steps after its start (and a last line that a kill cut short); the file as it was is
+    kept beside it, with the ending `.old`. Of steps done again after a roll-back the later line counts.
 
     Example:
       >>> jsonl("runs/digits/metrics.jsonl")

@@ -189,10 +189,12 @@ def _finish(live: list[Gated], ran: dict[int, int], state: TrainState, error: Ba
     """Run `after_train` of every hook, each after its `at_end`; `ran` says at which step an at_end hook ran last."""
     last, first = state, error
     trained = error is None and state.step > state.run.start_step
+    hurried = state.run.stop is not None and state.run.stop.at_once
     for gated in live:
         # A state that after_train changed (the last evaluation's best score, say) is saved again.
         stale = gated.hook.saves and any(_differ(getattr(state, name), getattr(last, name)) for name in SAVED)
         due = gated.at_end and trained and (stale or ran.get(id(gated)) != last.step)
+        due &= gated.hook.saves or not hurried
         for callback in (gated.hook.after_step if due else None, gated.hook.after_train):
             try:
                 state = _call([(gated, callback, None)], state, None) if callback else state
@@ -248,12 +250,25 @@ def _as_gated(single: Hook | Gated) -> Gated:
 def _phase(live: list[Gated], name: str, ran: dict[int, int] | None = None) -> Phase:
     """Callbacks of a phase with their gates; those of at_end hooks write down at which step they opened."""
     phase: Phase = []
+    # What is saved on the side (the best) stays when the run goes back, and so does the memory of it.
+    aside = [gated.hook.name for gated in live if gated.hook.saves and not gated.at_end]
     for gated in live:
         callback = getattr(gated.hook, name)
+        if callback is not None and gated.hook.rewinds and aside:
+            callback = partial(_going_back, callback, aside)
         gate = partial(_noting, gated, ran) if gated.at_end and ran is not None else gated.admits
         if callback is not None:
             phase.append((gated, callback, None if gated.is_open and not gated.at_end else gate))
     return phase
+
+
+def _going_back(callback: Callback, names: list[str | None], state: TrainState) -> TrainState | None:
+    """The callback's new state; if it is an earlier one, what these hooks remember is that of now."""
+    new = callback(state)
+    if new is None or new.step >= state.step:
+        return new
+    kept = {name: state.hooks[name] for name in names if name is not None and name in state.hooks}
+    return new.replace(hooks={**new.hooks, **kept}) if kept else new
 
 
 def _noting(gated: Gated, ran: dict[int, int], state: TrainState, number: int) -> bool:

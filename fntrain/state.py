@@ -21,10 +21,14 @@ SAVED = ("step", "position", "seed", "params", "buffers", "opt_state", "hooks", 
 
 @attrs.frozen
 class Stop:
-    """Why a run ended: `done` (max_steps or data), `requested` (a hook or the caller) or `error`."""
+    """Why a run ended: `done` (max_steps or data), `requested` (a hook or the caller) or `error`.
+
+    With `at_once`, of what hooks do at the end only saving is done: the process may be killed soon.
+    """
 
     kind: Literal["done", "requested", "error"]
     reason: str
+    at_once: bool = attrs.field(default=False, kw_only=True, repr=False)
 
 
 @attrs.frozen(kw_only=True)
@@ -183,8 +187,10 @@ def snapshot(state: TrainState) -> TrainState:
     return state.replace(**copies, metrics=metrics)
 
 
-def stop(state: TrainState, reason: str) -> TrainState:
+def stop(state: TrainState, reason: str, *, at_once: bool = False) -> TrainState:
     """Return a state that asks `fit` to stop after this step; an earlier request stays.
+
+    With `at_once`, hooks that also run at the end (an evaluation) do not, but for those that save.
 
     Example:
       >>> state = TrainState(step=0, position=0, seed=0, params={})
@@ -193,7 +199,7 @@ def stop(state: TrainState, reason: str) -> TrainState:
     """
     if state.run.stop is not None:
         return state
-    return state.replace(run=attrs.evolve(state.run, stop=Stop("requested", reason)))
+    return state.replace(run=attrs.evolve(state.run, stop=Stop("requested", reason, at_once=at_once)))
 
 
 def remember(state: TrainState, name: str, memory: PyTree) -> TrainState:

@@ -6,6 +6,7 @@ import math
 import shutil
 from contextlib import suppress
 
+import attrs
 import pytest
 import torch
 from hypothesis import given, settings
@@ -448,3 +449,38 @@ def test_several_best_ones_beside_a_periodic_one_with_scores(tmp_path):
     ]
     ft.fit(step_fn, hooks, state=fresh(), data=iter([1.0] * 99), max_steps=10)
     assert [steps(tmp_path / name) for name in ("score", "loss", "runs")] == [[2], [3], [10, 4, 2]]
+
+
+def test_the_best_stays_when_the_run_goes_back(tmp_path):
+    """A roll-back to step 2 keeps the best of step 4 and its score: a lesser one later is not saved in its place."""
+    scores = {2: 0.5, 4: 0.9, 5: 0.7}
+    kept = {}
+
+    def report(state):
+        return state.replace(metrics={"score": scores[state.step]}) if state.step in scores else None
+
+    def back(state):
+        if state.step == 2 and not kept:
+            kept["state"] = state
+        if state.step == 4 and "gone" not in kept:
+            kept["gone"] = True
+            return kept["state"].replace(position=state.position, run=state.run)
+        return None
+
+    def step_fn(state, batch):
+        return state.advance(metrics={})
+
+    def hooks():
+        best = ft.hooks.best_checkpoint(tmp_path / "best", "score", mode="max")
+        rewinding = attrs.evolve(ft.hook(after_step=back, name="back"), rewinds=True)
+        return [ft.hook(after_step=report), best, rewinding, ft.hooks.checkpoint(tmp_path / "run", every=1)]
+
+    start = ft.TrainState(step=0, position=0, seed=0, params={"w": torch.zeros(1)})
+    final = ft.fit(step_fn, hooks(), state=start, data=iter(range(20)), max_steps=3)
+    final = ft.fit(step_fn, hooks(), state=ft.resume_or(start, tmp_path / "run"), data=iter(range(20)), max_steps=6)
+    assert kept["gone"]
+    assert dict(final.hooks["best_checkpoint"]) == {"4": 0.9}
+    assert ft.latest(tmp_path / "best").name == "step_00000004"
+    again = ft.fit(step_fn, hooks(), state=ft.resume_or(start, tmp_path / "run"), data=iter(range(20)), max_steps=7)
+    assert dict(again.hooks["best_checkpoint"]) == {"4": 0.9}
+    assert ft.latest(tmp_path / "best").name == "step_00000004"

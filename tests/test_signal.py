@@ -148,7 +148,7 @@ class Opened:
 def test_without_exit_the_state_says_which_signal_came(heard, caplog, phase, number):
     """fit returns after the step under way (the next one, if the hook looked already), tells it once, and the handler heard none."""
     final = fit(ft.at_end(on_signal(exit=False)), sends(phase, 2, number))
-    assert (final.step, final.run.stop) == (3, ft.Stop("requested", f"{number.name} received"))
+    assert (final.step, final.run.stop) == (3, ft.Stop("requested", f"{number.name} received", at_once=True))
     assert caplog.messages == [f"{number.name}: stopping after step 3; a second signal ends at once"]
     assert heard == []
 
@@ -319,3 +319,19 @@ def test_where_handlers_can_not_be_set_or_put_back_it_says_so(monkeypatch):
     monkeypatch.setattr(signal, "getsignal", lambda number: None)
     with pytest.raises(RuntimeError, match="SIGTERM has a handler set from C that can't be put back"):
         fit(on_signal())
+
+
+def test_a_signal_saves_and_does_not_evaluate(heard, tmp_path):
+    """What may take longer than the time that is left is not begun: of what is due at the end only the saving is."""
+    evaluated = []
+    hooks = [
+        on_signal(exit=False),
+        ft.hooks.evaluate(lambda state: evaluated.append(state.step) or {"x": 1.0}, every=100),
+        sends("before_step", 2),
+        ft.hooks.checkpoint(tmp_path, every=100),
+    ]
+    fit(*hooks)
+    assert evaluated == []
+    assert ft.latest(tmp_path).name == "step_00000003"
+    fit(*hooks[1:2], ft.hook(after_step=lambda state: ft.stop(state, "enough")))
+    assert evaluated == [1]

@@ -13,7 +13,7 @@ from fntrain import gates
 from fntrain.check import whole
 from fntrain.errors import CheckpointError
 from fntrain.hook import AnyHook, Hook, hook, resource
-from fntrain.shell.directory import complete, later, readable, remove, retain, set_aside, step_of
+from fntrain.shell.directory import complete, readable, remove, retain, set_aside, step_of
 from fntrain.shell.files import check_files
 from fntrain.shell.remote import Place, place
 from fntrain.shell.saver import Saver
@@ -101,8 +101,7 @@ class _Live:
 
     def write(self, state: TrainState, keep: Callable[[list[int]], Collection[int]]) -> None:
         step = state.step  # not the state: it would live until it is on the disk
-        self.saver.wait()  # a save that is under way may be of the branch left
-        left = later(self.saver.root, step)  # now: what comes while the thread writes is of no branch left
+        left = {later for later in self.saver.steps if later > step}  # by a roll-back
         self.saver.save(state, lambda: retain(self.saver.root, step, keep, left))
 
 

@@ -53,8 +53,8 @@ def on_signal(
         exit $status
 
     Kubernetes sends SIGTERM to the container's first process: start it by `exec python train.py`, let
-    `terminationGracePeriodSeconds` be more than a step, a save and what else runs `at_end` take (`evaluate` does,
-    before the save), and have it run again by `restartPolicy: OnFailure` (or the training operator's `ExitCode`, to
+    `terminationGracePeriodSeconds` be more than a step and a save take (evaluations at the end are left out), and have
+    it run again by `restartPolicy: OnFailure` (or the training operator's `ExitCode`, to
     which 128 to 255 means "again").
 
     Args:
@@ -121,7 +121,7 @@ class _Live:
             return None
         _log.warning("%s: stopping after step %d; a second signal ends at once", self.came.name, state.step)
         self.told = state.run.stop is None  # or else another hook's reason stays
-        return stop(state, f"{self.came.name} received")
+        return stop(state, f"{self.came.name} received", at_once=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.restore()

@@ -270,23 +270,6 @@ def remove(path: Place) -> None:
                 shutil.rmtree(doomed, ignore_errors=True)
 
 
-def later(root: Place, step: int) -> set[int]:
-    """List the steps after this one whose checkpoints lie in a directory now.
-
-    Raises:
-      CheckpointError: the directory can't be read.
-    Example:
-      >>> later(Path("no/such/directory"), 3)
-      set()
-    """
-    try:
-        return {step_of(path) for path in root.iterdir() if _NAME.fullmatch(path.name) and step_of(path) > step}
-    except FileNotFoundError:
-        return set()
-    except OSError as error:
-        raise CheckpointError(f"{root}: can't be read: {error}") from error
-
-
 def retain(root: Place, newest: int, keep: Callable[[list[int]], Collection[int]], left: Collection[int] = ()) -> None:
     """Delete the checkpoints that are not to be kept; the newest, which is whole, always is.
 
@@ -294,8 +277,7 @@ def retain(root: Place, newest: int, keep: Callable[[list[int]], Collection[int]
       root: the directory.
       newest: the step just saved.
       keep: the steps to keep of those up to it, newest first.
-      left: later steps, of a branch that the run had left by a roll-back when it came to that step. Others that are
-        later were saved by hand while the newest was being written.
+      left: later steps, of a branch that the run has left by a roll-back. Others that are later were saved by hand.
     """
     with writing(root), _turn:
         found = {step_of(path): path for path in complete(root)}

@@ -33,6 +33,7 @@ class Saver:
         self.root = root
         self.buffers = HostBuffers() if asynchronous else None
         self.pending: Future[None] | None = None
+        self.steps: set[int] = set()  # of all saves
         self.stack = ExitStack()
 
     def __enter__(self) -> "Saver":
@@ -55,12 +56,13 @@ class Saver:
         begin = time.perf_counter()
         self.wait()
         contents = Contents.of(state)
+        self.steps.add(state.step)
         if self.buffers is None:
             self._commit(contents, map(tree.to_bytes, contents.tensors), then)
         else:
             data, copied = self.buffers.copy(contents.tensors)
             contents.tensors.clear()  # a state of the pure step would live until it is on the disk
-            earlier = [saver.pending for saver in _open if saver is not self and saver.pending is not None]
+            earlier = [saver.pending for saver in tuple(_open) if saver is not self and saver.pending is not None]
             self.pending = self.thread.submit(self._commit, contents, data, then, copied, earlier)
             _log.debug("step %s: copied in %.3f s", state.step, time.perf_counter() - begin)
 

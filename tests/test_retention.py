@@ -448,3 +448,27 @@ def test_several_best_ones_beside_a_periodic_one_with_scores(tmp_path):
     ]
     ft.fit(step_fn, hooks, state=fresh(), data=iter([1.0] * 99), max_steps=10)
     assert [steps(tmp_path / name) for name in ("score", "loss", "runs")] == [[2], [3], [10, 4, 2]]
+
+
+def test_a_score_that_never_came_is_told(tmp_path, caplog):
+    """A misspelt metric would otherwise never be noticed."""
+    hooks = [
+        ft.hooks.best_checkpoint(tmp_path / "best", "scroe", mode="max"),
+        ft.hooks.checkpoint(tmp_path, every=2, keep_best=keep_best("scroe", mode="max")),
+    ]
+    with caplog.at_level(logging.WARNING, "fntrain"):
+        ft.fit(step_fn, hooks, state=fresh(), data=iter([1.0] * 4), max_steps=4)
+    assert [record.getMessage() for record in caplog.records] == [
+        "best_checkpoint: saw no 'scroe' that is finite; list it after the hook that reports it",
+        "checkpoint: saw no 'scroe' that is finite; it counts only at the steps that are saved",
+    ]
+    caplog.clear()
+    run(tmp_path / "fine", 4, scores=SCORES, keep_best=best_score)
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("wrong", ["score", ["score"], ("score", "max")])
+def test_keep_best_is_made_by_its_function(wrong):
+    """A name alone does not say which way is better."""
+    with pytest.raises(TypeError, match=r"keep_best: got .*'?score.*, expected ft\.hooks\.keep_best"):
+        ft.hooks.checkpoint("runs", every=1, keep_best=wrong)

@@ -3,6 +3,7 @@
 import importlib
 import logging
 import math
+import os
 import shutil
 from contextlib import suppress
 
@@ -472,3 +473,15 @@ def test_keep_best_is_made_by_its_function(wrong):
     """A name alone does not say which way is better."""
     with pytest.raises(TypeError, match=r"keep_best: got .*'?score.*, expected ft\.hooks\.keep_best"):
         ft.hooks.checkpoint("runs", every=1, keep_best=wrong)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_another_working_directory_during_the_run_moves_nothing(tmp_path, monkeypatch, asynchronous):
+    """A relative directory is the one it was when the run began."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    leave = ft.every(3, ft.hook(after_step=lambda state: os.chdir(tmp_path / "elsewhere")))
+    hooks = [leave, ft.hooks.checkpoint("runs", every=2, asynchronous=asynchronous)]
+    ft.fit(step_fn, hooks, state=fresh(), data=iter([1.0] * 6), max_steps=6)
+    assert steps(tmp_path / "runs") == [6, 4, 2]
+    assert list((tmp_path / "elsewhere").iterdir()) == []

@@ -262,7 +262,12 @@ class BoundOptimizer:
             if name not in opt_state and leaf.grad is not None:
                 check_dense(name, leaf.grad)
         marks = None if self.seen else _marks(lent)  # the first update shows where the class keeps its memory
-        _unwrapped_step(type(lent))(lent)
+        try:
+            _unwrapped_step(type(lent))(lent)
+        except KeyError as error:
+            kept = sorted({key for own in opt_state.values() for key in own})
+            error.add_note(f"in {type(lent).__name__}: opt_state has {kept}; a resumed run keeps its optimizer")
+            raise
         if marks is not None:
             if changed := sorted(_marks(lent) ^ marks):
                 raise TypeError(

@@ -141,7 +141,9 @@ _SLOTS = [
 
 
 def saved_fields(state: TrainState) -> dict[str, Any]:
-    """Return the fields that checkpoints hold and equality compares, by name."""
+    """Return the fields that checkpoints hold and equality compares, by name; raises TypeError for what is no state."""
+    if not isinstance(state, TrainState):
+        raise TypeError(f"state: got {type(state).__name__}, expected a TrainState (ft.init_state makes one)")
     return {name: getattr(state, name) for name in SAVED}
 
 

@@ -277,3 +277,17 @@ def test_a_directory_that_was_renamed_is_no_checkpoint_of_that_step(tmp_path):
     with pytest.raises(ft.CheckpointError, match="holds step 3; a directory that was renamed"):
         ft.load(other)
     assert ft.load(other.rename(tmp_path / "good_one")).step == 3
+
+
+def test_a_module_in_place_of_a_state_is_told(tmp_path):
+    """A newcomer's mistake, and an AttributeError of the module would not say so."""
+    model = torch.nn.Linear(2, 1)
+    path = ft.save(ft.TrainState(step=1, position=1, seed=0, params={}), tmp_path)
+    for call in (
+        lambda: ft.save(model, tmp_path),
+        lambda: ft.load(path, into=model),
+        lambda: ft.resume_or(model, tmp_path),
+        lambda: ft.digest(model),
+    ):
+        with pytest.raises(TypeError, match="state: got Linear, expected a TrainState"):
+            call()

@@ -416,3 +416,15 @@ def test_small_updates_round_away_without_master_weights():
         ends[master_weights] = params["w"].item()
     assert ends[False] == 1.0
     assert ends[True] == pytest.approx(0.9, abs=0.004)
+
+
+def test_memory_of_another_optimizer_is_told():
+    """A class that does not find its own says what there is."""
+    params, grads = {"w": torch.ones(2)}, {"w": torch.ones(2)}
+    adam, rmsprop = ft.optimizer(torch.optim.Adam, lr=0.1), ft.optimizer(torch.optim.RMSprop, lr=0.1)
+    _, kept = adam.update(params, grads, adam.init(params), step=0)
+    with pytest.raises(KeyError, match="square_avg") as caught:
+        rmsprop.update(params, grads, kept, step=1)
+    assert caught.value.__notes__ == [
+        "in RMSprop: opt_state has ['exp_avg', 'exp_avg_sq', 'step']; a resumed run keeps its optimizer"
+    ]

@@ -1,5 +1,6 @@
 """hooks.reduce_lr_on_plateau: torch's scheduler with its memory in the state, for every form of the step."""
 
+import logging
 import math
 import pickle
 
@@ -165,3 +166,32 @@ def test_it_is_a_value():
     """Equal, printed and pickled as a record."""
     hook = ft.hooks.reduce_lr_on_plateau("m", mode="min")
     assert hook == ft.hooks.reduce_lr_on_plateau("m", mode="min") == pickle.loads(pickle.dumps(hook))
+
+
+def test_an_evaluation_that_runs_only_because_the_run_ends_does_not_count(tmp_path):
+    """Stopped between two evaluations and resumed, the run ends with the bits of one never stopped."""
+
+    def end(root, *stops):
+        for stop in stops:
+            job = make("pure")
+            hooks = [
+                ft.hooks.evaluate(lambda state: {"m": 1.0}, every=4),
+                ft.hooks.reduce_lr_on_plateau("eval/m", mode="min", factor=0.5, patience=1),
+                ft.hooks.checkpoint(root, every=4, asynchronous=False),
+            ]
+            job |= {"hooks": hooks, "state": ft.resume_or(job["state"], root)}
+            final = ft.fit(**job, max_steps=stop)
+        return final
+
+    assert_states_equal(end(tmp_path / "a", 5, 10, 13), end(tmp_path / "b", 13))
+
+
+def test_a_metric_that_never_came_is_told(caplog):
+    """A misspelt name would otherwise never be noticed."""
+    with caplog.at_level(logging.WARNING, "fntrain"):
+        scales([None, None], mode="min")
+        scales([], mode="min")
+        scales([1.0], mode="min")
+    assert [record.getMessage() for record in caplog.records] == [
+        "reduce_lr_on_plateau: saw no 'm' that is finite; list it after the hook that reports it"
+    ]

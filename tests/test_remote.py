@@ -369,3 +369,16 @@ def test_local_paths_do_not_import_fsspec_of_their_own(tmp_path, monkeypatch):
     ft.save(make_state(1), tmp_path)
     assert ft.resume_or(make_state(), tmp_path) == make_state(1)
     shutil.rmtree(tmp_path)
+
+
+def test_an_error_of_the_network_says_where(monkeypatch):
+    """What listing raises is the library's own, and names no path."""
+
+    def refuse(self, path, **options):
+        raise RuntimeError("no credentials")
+
+    monkeypatch.setattr(MemoryFileSystem, "isdir", refuse)
+    hook = ft.hooks.checkpoint("memory://runs/unreachable", every=1)
+    state = TrainState(step=0, position=0, seed=0, params={})
+    with pytest.raises(CheckpointError, match=r"memory:///runs/unreachable: can't be listed: no credentials"):
+        ft.fit(lambda state, batch: state.advance(), [hook], state=state, data=[1], max_steps=1)

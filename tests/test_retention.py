@@ -3,6 +3,7 @@
 import importlib
 import logging
 import math
+import os
 import shutil
 from contextlib import suppress
 
@@ -484,3 +485,39 @@ def test_the_best_stays_when_the_run_goes_back(tmp_path):
     again = ft.fit(step_fn, hooks(), state=ft.resume_or(start, tmp_path / "run"), data=iter(range(20)), max_steps=7)
     assert dict(again.hooks["best_checkpoint"]) == {"4": 0.9}
     assert ft.latest(tmp_path / "best").name == "step_00000004"
+
+
+def test_a_score_that_never_came_is_told(tmp_path, caplog):
+    """A misspelt metric would otherwise never be noticed."""
+    hooks = [
+        ft.hooks.best_checkpoint(tmp_path / "best", "scroe", mode="max"),
+        ft.hooks.checkpoint(tmp_path, every=2, keep_best=keep_best("scroe", mode="max")),
+    ]
+    with caplog.at_level(logging.WARNING, "fntrain"):
+        ft.fit(step_fn, hooks, state=fresh(), data=iter([1.0] * 4), max_steps=4)
+    assert [record.getMessage() for record in caplog.records] == [
+        "best_checkpoint: saw no 'scroe' that is finite; list it after the hook that reports it",
+        "checkpoint: saw no 'scroe' that is finite; it counts only at the steps that are saved",
+    ]
+    caplog.clear()
+    run(tmp_path / "fine", 4, scores=SCORES, keep_best=best_score)
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("wrong", ["score", ["score"], ("score", "max")])
+def test_keep_best_is_made_by_its_function(wrong):
+    """A name alone does not say which way is better."""
+    with pytest.raises(TypeError, match=r"keep_best: got .*'?score.*, expected ft\.hooks\.keep_best"):
+        ft.hooks.checkpoint("runs", every=1, keep_best=wrong)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_another_working_directory_during_the_run_moves_nothing(tmp_path, monkeypatch, asynchronous):
+    """A relative directory is the one it was when the run began."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    leave = ft.every(3, ft.hook(after_step=lambda state: os.chdir(tmp_path / "elsewhere")))
+    hooks = [leave, ft.hooks.checkpoint("runs", every=2, asynchronous=asynchronous)]
+    ft.fit(step_fn, hooks, state=fresh(), data=iter([1.0] * 6), max_steps=6)
+    assert steps(tmp_path / "runs") == [6, 4, 2]
+    assert list((tmp_path / "elsewhere").iterdir()) == []

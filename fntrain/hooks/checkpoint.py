@@ -124,7 +124,10 @@ class _Periodic(_Live):
         self.write(new or state, lambda steps: record.kept(steps, best))
         return new
 
-    def finish(self, _state: TrainState) -> None:
+    def finish(self, state: TrainState) -> None:
+        for kept in self.record.keep_best:
+            if not state.hooks[self.record.name].get(kept.metric):
+                tell_unseen(state, self.record.name, kept.metric, "it counts only at the steps that are saved")
         self.saver.wait()
 
 
@@ -155,6 +158,7 @@ def checkpoint(
       asynchronous: False waits for the disk, and takes no memory for a copy.
       name: unique in a run.
     Raises:
+      TypeError: `keep_best` is something else.
       ValueError: a period is not positive, or two of `keep_best` are for one metric.
       CheckpointError: (when the run starts) the directory can't be written, is in use, or holds a later step than the
         start; (while it runs) a save failed.
@@ -165,6 +169,10 @@ def checkpoint(
     Source: detectron2's PeriodicCheckpointer; asynchronous saving: CheckFreq, https://arxiv.org/abs/2103.14360
     """
     best = (keep_best,) if isinstance(keep_best, KeepBest) else tuple(keep_best)
+    if not all(isinstance(one, KeepBest) for one in best):
+        raise TypeError(
+            f"keep_best: got {keep_best!r}, expected ft.hooks.keep_best(metric, mode=...), or several of these"
+        )
     if len({one.metric for one in best}) < len(best):
         raise ValueError(f"keep_best: got {best}, expected one for each metric")
     record = Checkpoint(
@@ -242,6 +250,8 @@ class _Best(_Live):
         """After the last evaluation, which may have run at the end only."""
         failed = state.run.stop is not None and state.run.stop.kind == "error"
         new = None if failed else self.save(state)
+        if not (new or state).hooks[self.record.name]:
+            tell_unseen(state, self.record.name, self.record.best.metric, "list it after the hook that reports it")
         self.saver.wait()
         return new
 
@@ -282,6 +292,13 @@ def score(state: TrainState, metric: str) -> float | None:
     value = state.metrics.get(metric)
     number = math.nan if value is None else float(value)
     return number if math.isfinite(number) else None
+
+
+def tell_unseen(state: TrainState, name: str, metric: str, advice: str) -> None:
+    """Log at the end of a run that a metric never had a score: a misspelt one would otherwise never be noticed."""
+    failed = state.run.stop is not None and state.run.stop.kind == "error"
+    if state.step > state.run.start_step and not failed:
+        _log.warning("%s: saw no %r that is finite; %s", name, metric, advice)
 
 
 def refuse_later(root: Place, state: TrainState) -> None:

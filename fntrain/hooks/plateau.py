@@ -8,10 +8,22 @@ import attrs
 
 from fntrain.check import whole
 from fntrain.hook import AnyHook, stateful
+from fntrain.hooks.checkpoint import tell_unseen
 from fntrain.optim import LR_SCALE, lr_scale
 from fntrain.state import TrainState, remember
 
 _log = logging.getLogger("fntrain")
+
+
+@attrs.frozen
+class _AtEnd:
+    """Says so if there was nothing to look at: a misspelt metric would otherwise never be noticed."""
+
+    rule: "ReduceLROnPlateau"
+
+    def __call__(self, state: TrainState) -> None:
+        if state.hooks[self.rule.name]["step"] < 0:
+            tell_unseen(state, self.rule.name, self.rule.metric, "list it after the hook that reports it")
 
 
 @attrs.frozen
@@ -29,7 +41,7 @@ class ReduceLROnPlateau:
 
     def __call__(self, state: TrainState) -> TrainState | None:
         memory = state.hooks[self.name]
-        if self.metric not in state.metrics:
+        if self.metric not in state.metrics or memory["step"] == state.step:  # another hook went back to this step
             return None
         value = float(state.metrics[self.metric])
         best = memory["best"]
@@ -45,7 +57,7 @@ class ReduceLROnPlateau:
             if new < old:
                 _log.info("step %s: %s is on a plateau; learning rates x %g from now on", state.step, self.metric, new)
                 state = state.replace(extra={**state.extra, LR_SCALE: new})
-        return remember(state, self.name, {"best": best, "bad": bad, "resting": resting})
+        return remember(state, self.name, {"best": best, "bad": bad, "resting": resting, "step": state.step})
 
     def improves(self, value: float, best: float) -> bool:
         """Whether a value is better than the best by more than the threshold; nan is not."""
@@ -69,9 +81,11 @@ def reduce_lr_on_plateau(
     It writes `state.extra["lr_scale"]`, by which a step multiplies the learning rate of every group, schedules too; the
     metric `lr` shows the product. List it after the hook that reports the metric and before `hooks.checkpoint`.
 
+    Steps without the metric do not count, nor does an evaluation that runs only because the run ends: resumed, it goes
+    on as if it had not been stopped.
+
     Args:
-      metric: name in `state.metrics`; steps without it do not count, nor does an evaluation that runs only because the
-        run ends: one that was stopped and goes on has the rates of one that was not. nan is no improvement.
+      metric: name in `state.metrics`. nan is no improvement.
       mode: "max" if more is better, "min" if less is.
       factor: between 0 and 1.
       patience: number of reports without improvement that are borne.
@@ -100,4 +114,6 @@ def reduce_lr_on_plateau(
         metric, mode, factor, whole("patience", patience, 0), threshold, whole("cooldown", cooldown, 0), min_scale, name
     )
     worst = -math.inf if mode == "max" else math.inf
-    return stateful(name, {"best": worst, "bad": 0, "resting": 0}, after_step=record)
+    return stateful(
+        name, {"best": worst, "bad": 0, "resting": 0, "step": -1}, after_step=record, after_train=_AtEnd(record)
+    )

@@ -81,6 +81,8 @@ def precise_bn(
     The layers' moving averages follow weights that have changed since, and weigh the last batches most. Here the
     weights stand still, and every element of every batch counts the same, in float64; the variance is the unbiased
     one, as in training. Layers that are in eval mode are left alone, and so are generators. List it before `evaluate`.
+    A run that was stopped between two measurements goes on, when resumed, with the buffers measured where it stopped:
+    what it evaluates until the next one is not bitwise that of a run never stopped, nor what hooks make of that.
 
     Args:
       model: the module of the step.

@@ -141,6 +141,8 @@ def resume_or(state: TrainState, directory: str | os.PathLike[str], *, verify: V
       True
     """
     check_verify(verify)
+    if not isinstance(state, TrainState):
+        raise TypeError(f"state: got {type(state).__name__}, expected a TrainState (ft.init_state makes one)")
     root = place(directory)
     with told(root, "can't be looked into"):
         if root.is_file() or (root / MANIFEST).exists():

@@ -57,7 +57,7 @@ def step_of(path: Place) -> int:
 
 @contextmanager
 def told(path: Place, what: str) -> Iterator[None]:
-    """Raise an error of the file system as a CheckpointError that says of which path.
+    """Raise an error of the file system, or of the network, as a CheckpointError that says of which path.
 
     Example:
       >>> with told(Path("runs"), "can't be listed"):
@@ -65,9 +65,12 @@ def told(path: Place, what: str) -> Iterator[None]:
       Traceback (most recent call last):
       fntrain.errors.CheckpointError: runs: can't be listed: Input/output error; mend that, or give another directory
     """
+    kinds = Exception if isinstance(path, RemotePath) else OSError  # a network's errors are its library's own
     try:
         yield
-    except OSError as error:
+    except CheckpointError:
+        raise
+    except kinds as error:
         raise CheckpointError(f"{path}: {what}: {error}; mend that, or give another directory") from error
 
 

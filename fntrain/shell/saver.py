@@ -13,7 +13,7 @@ from torch import Tensor
 from fntrain import tree
 from fntrain.shell.directory import clean, commit, writing
 from fntrain.shell.files import Contents
-from fntrain.shell.remote import Place
+from fntrain.shell.remote import Place, RemotePath
 from fntrain.state import TrainState
 
 _log = logging.getLogger("fntrain")
@@ -30,7 +30,7 @@ class Saver:
     """
 
     def __init__(self, root: Place, *, asynchronous: bool = True) -> None:
-        self.root = root
+        self.root = root if isinstance(root, RemotePath) else root.absolute()  # a chdir while it is open moves nothing
         self.buffers = HostBuffers() if asynchronous else None
         self.pending: Future[None] | None = None
         self.steps: set[int] = set()  # of all saves

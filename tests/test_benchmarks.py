@@ -65,6 +65,12 @@ def test_gpu_step_runs_on_a_cpu_what_needs_no_gpu(tmp_path):
     assert results["mlp, tiny"]["flops"] == 4 * (4 * 784 * 64 + 6 * (64 * 64 + 64 * 10))
 
 
+def test_hooks_are_timed_alone_and_together(tmp_path):
+    times = written("hooks", tmp_path / "times.json", "--rounds", "2", "--steps", "25")["seconds_per_step"]
+    assert {"no hooks", "checkpoint", "ema", "all default hooks, idle"} <= times.keys()
+    assert all(len(rounds) == 2 for rounds in times.values())
+
+
 def test_gpu_step_without_a_gpu_says_so():
     result = run("gpu_step")
     assert result.returncode == 2

@@ -287,7 +287,7 @@ def test_a_signal_ends_the_process_with_its_status_and_the_same_command_goes_on(
         assert process.returncode == 128 + number, err
         last = ft.latest(tmp_path / "my runs" / "a")
         assert last.name > f"step_{reached:08}" and (last.parent / "config.json").exists()
-        assert err.count(f"saved my runs/a/{last.name}") == 1 and "saved" not in out
+        assert err.count(f"saved {last}") == 1 and "saved" not in out
         assert "eval/step" in out and "eval/step" not in err
         reached = int(last.name.removeprefix("step_"))
     assert "resuming from my runs/a/step_" in (last.parent / "log.txt").read_text()

@@ -288,7 +288,7 @@ def test_a_signal_ends_the_process_with_its_status_and_the_same_command_goes_on(
         last = ft.latest(tmp_path / "my runs" / "a")
         assert last.name > f"step_{reached:08}" and (last.parent / "config.json").exists()
         assert err.count(f"saved {last}") == 1 and "saved" not in out
-        assert "eval/step" in out and "eval/step" not in err
+        assert "loss" in out and "eval/step" not in out + err  # no evaluation: the time may be short
         reached = int(last.name.removeprefix("step_"))
     assert "resuming from my runs/a/step_" in (last.parent / "log.txt").read_text()
     done = subprocess.run([*command, "--max-steps", str(reached)], cwd=tmp_path, capture_output=True, text=True)

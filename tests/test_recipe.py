@@ -397,32 +397,17 @@ def test_what_is_evaluated_is_what_hooks_before_the_evaluation_made_of_it(tmp_pa
 
 # The second recipe, as the README has it.
 
-SECOND = """
-import attrs, torch, digits, fntrain as ft
-
-def build_model(config):
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
-
-def build_optimizer(config, model):
-    lr = ft.schedules.step_decay(config.lr, every=config.max_steps // 3, gamma=0.1)
-    return ft.optimizer(torch.optim.SGD, lr=lr, momentum=0.9, nesterov=True)
-
-config = attrs.evolve(digits.recipe.config, output_dir="runs/mlp", lr=0.1, max_steps=900)
-recipe = attrs.evolve(digits.recipe, config=config, build_model=build_model, build_optimizer=build_optimizer)
-
-if __name__ == "__main__":
-    ft.main(recipe)
-"""
-
 
 def test_a_second_recipe_is_digits_with_other_parts_in_under_15_lines(tmp_path, monkeypatch):
     """Another model and optimizer by attrs.evolve; data, loss, evaluation, own hook and predictor are those of digits."""
-    assert len([line for line in SECOND.splitlines() if line]) < 15
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    [text] = [block for block in blocks if "digits.recipe" in block]
+    assert len([line for line in text.splitlines() if line]) < 15
     monkeypatch.setattr(sys, "path", [str(ROOT / "recipes"), *sys.path])
     import digits
 
     second = {"__name__": "second"}
-    exec(SECOND, second)
+    exec(text, second)
     settings = attrs.evolve(second["config"], output_dir=str(tmp_path), max_steps=60, eval_every=30)
     result = ft.run(second["recipe"], settings)
     assert result.results["accuracy"] > 0.6 and result.state.hooks["best"] >= result.results["accuracy"]

@@ -17,7 +17,7 @@ train: setup
 
 # Two processes with one thread each: the tests are small, and bitwise laws hold for a given number of threads.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 # The long forms of the tests of faults: processes killed, files damaged, disks full, manifests made up.
 test-slow: setup

@@ -99,7 +99,7 @@ class Saver:
 
 
 class HostBuffers:
-    """Host memory for one copy of a state, made once: fresh memory costs four times the copy in page faults."""
+    """Host memory for one copy of a state, made once: into fresh memory a copy takes three times as long."""
 
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8)

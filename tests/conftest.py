@@ -1,5 +1,6 @@
 """Guards around every test: what it leaves behind in the process is a failure."""
 
+import logging
 import multiprocessing
 import os
 import threading
@@ -31,3 +32,20 @@ def _leaves_nothing_behind():
     assert [t for t in threading.enumerate() if t not in threads and not t.daemon and t.is_alive()] == []
     assert multiprocessing.active_children() == []
     assert not torch.distributed.is_initialized()
+
+
+@pytest.fixture(autouse=True)
+def _the_log_is_as_imported():
+    """Tests, and docstring examples before them, call setup, which sets the level and the handlers of the log."""
+    _reset_log()
+    yield
+    _reset_log()
+
+
+def _reset_log():
+    log = logging.getLogger("fntrain")
+    log.setLevel(logging.NOTSET)
+    log.propagate, log.disabled = True, False
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()

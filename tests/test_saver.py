@@ -97,7 +97,9 @@ def test_a_saved_file_has_the_values_of_the_moment(tmp_path, held):
 
 def test_law_moment_can_fail(tmp_path, held, monkeypatch):
     """A saver that hands the state's own tensors to its thread is refused."""
-    monkeypatch.setattr(HostBuffers, "copy", lambda self, tensors: ([tree.to_bytes(one) for one in tensors], []))
+    monkeypatch.setattr(
+        HostBuffers, "copy", lambda self, tensors, helper: ([tree.to_bytes(one) for one in tensors], [])
+    )
     with pytest.raises(AssertionError):
         law_moment(tmp_path, held)
 
@@ -114,6 +116,22 @@ def test_every_dtype_is_saved_in_the_background_too(tmp_path, dtype, asynchronou
     state = TrainState(step=1, position=1, seed=0, params={"w": torch.ones(1)}, extra=tensors)
     with Saver(tmp_path, asynchronous=asynchronous) as one:
         one.save(state, lambda: None)
+    assert ft.load(tmp_path / "step_00000001") == state
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_large_tensors_are_copied_in_parts(tmp_path, threads):
+    """With one thread of torch the saving thread copies along; with more, torch's own do. Every layout is right."""
+    values = torch.arange(5_000_000).view(1000, 5000)  # 40 MB, its parts do not divide it
+    extra = {"t": values.t(), "half": values[:, ::2], "odd": values.view(-1)[1:], "small": values[0, :3]}
+    state = TrainState(step=1, position=1, seed=0, params={"w": values}, extra=extra)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with Saver(tmp_path) as one:
+            one.save(state, lambda: None)
+    finally:
+        torch.set_num_threads(before)
     assert ft.load(tmp_path / "step_00000001") == state
 
 
@@ -191,8 +209,9 @@ def test_at_most_one_save_is_under_way(tmp_path, held):
 
 
 def test_law_one_at_a_time_can_fail(tmp_path, held, monkeypatch):
-    """A saver that does not wait is refused."""
-    wait = Saver.wait
+    """A saver that does not wait, and has a second thread, is refused."""
+    wait, pool = Saver.wait, saver.ThreadPoolExecutor
+    monkeypatch.setattr(saver, "ThreadPoolExecutor", lambda _, **options: pool(2, **options))
     monkeypatch.setattr(Saver, "wait", lambda self: wait(self) if held.go.is_set() else None)
     with pytest.raises(AssertionError):
         law_one_at_a_time(tmp_path, held)

@@ -2,9 +2,10 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fntrain import tree
 from fntrain.shell.directory import clean, commit, writing
 from fntrain.shell.files import Contents
 from fntrain.shell.remote import Place, RemotePath
+from fntrain.shell.tensor_file import PART
 from fntrain.state import TrainState
 
 _log = logging.getLogger("fntrain")
@@ -60,7 +62,7 @@ class Saver:
         if self.buffers is None:
             self._commit(contents, map(tree.to_bytes, contents.tensors), then)
         else:
-            data, copied = self.buffers.copy(contents.tensors)
+            data, copied = self.buffers.copy(contents.tensors, self.thread)
             contents.tensors.clear()  # a state of the pure step would live until it is on the disk
             earlier = [saver.pending for saver in tuple(_open) if saver is not self and saver.pending is not None]
             self.pending = self.thread.submit(self._commit, contents, data, then, copied, earlier)
@@ -107,11 +109,12 @@ class HostBuffers:
         self.views: list[Tensor] = []
         self.data: list[memoryview] = []  # the bytes of the views
 
-    def copy(self, tensors: list[Tensor]) -> tuple[list[memoryview], list[Any]]:
+    def copy(self, tensors: list[Tensor], helper: ThreadPoolExecutor) -> tuple[list[memoryview], list[Any]]:
         """Copy tensors; returns the bytes of the copies, and events to wait for until they are there.
 
         The copies are written over by the next call. From a CUDA device they are made in the order of its stream, so
-        what writes to the tensors after this call need not wait; from elsewhere they are there at once.
+        what writes to the tensors after this call need not wait; from elsewhere they are there at once. Where torch
+        has one thread only, the helper, which is idle, copies along.
         """
         kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
         if kinds != self.kinds:
@@ -121,9 +124,12 @@ class HostBuffers:
         with torch.no_grad():
             if devices and len({tensor.device.type for tensor in tensors}) == 1:
                 torch._foreach_copy_(self.views, tensors, non_blocking=True)
-            elif tensors:
-                for view, tensor in zip(self.views, tensors, strict=True):
-                    view.copy_(tensor, non_blocking=tensor.device.type == "cuda")
+            else:
+                left = deque(_pieces(self.views, tensors))
+                helped = helper.submit(_copy, left) if torch.get_num_threads() == 1 and not devices else None
+                _copy(left)
+                if helped is not None:
+                    helped.result()
         events = []
         for device in devices:
             event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -146,3 +152,21 @@ class HostBuffers:
             for start, tensor in zip(starts, tensors, strict=True)
         ]
         self.data = [tree.to_bytes(view) for view in self.views]
+
+
+def _pieces(views: list[Tensor], tensors: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Targets and sources, large ones in parts that two threads can share."""
+    for view, tensor in zip(views, tensors, strict=True):
+        if view.nbytes > PART and tensor.is_contiguous():
+            parts = -(-view.nbytes // PART)
+            yield from zip(view.view(-1).chunk(parts), tensor.view(-1).chunk(parts), strict=True)
+        else:
+            yield view, tensor
+
+
+def _copy(left: "deque[tuple[Tensor, Tensor]]") -> None:
+    """Copy what is left, until nothing is; several threads may do it at once."""
+    with suppress(IndexError), torch.no_grad():
+        while True:
+            view, tensor = left.popleft()
+            view.copy_(tensor, non_blocking=tensor.device.type == "cuda")

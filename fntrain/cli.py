@@ -1,10 +1,15 @@
 """main: the command line of a recipe; every field of its config is a flag."""
 
+import os
+import runpy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Annotated, Any
 
+import attrs
+import torch.distributed as dist
 from torch import Tensor
 
 from fntrain import schedules
@@ -14,24 +19,26 @@ from fntrain.fold import fit
 from fntrain.hook import flatten
 from fntrain.optim import BoundOptimizer
 from fntrain.recipe import Job, Recipe, Result, build, run
+from fntrain.shell.launch import launch, placed
 from fntrain.shell.setup import setup
 from fntrain.tree import named_leaves
 
-Flags = tuple[Any, bool, bool, bool]
+Flags = tuple[Any, bool, bool, bool, dict[str, Any]]
 
 
 def main(recipe: Recipe, args: Sequence[str] | None = None) -> Result | None:
-    """Train a recipe by the settings on the command line, and print the results.
+    """Train a recipe by the settings on the command line, in one process or several, and print the results.
 
-    Flags are the fields of the config (`--lr 0.1`, nested ones by dots), `--no-resume`, `--eval-only`, `--dry-run`; see
-    `--help`. Logs go to the console and to the run's directory, where the config is kept too. An error of fntrain
-    ends the process with status 1 and its message.
+    Flags are the fields of the config (`--lr 0.1`, nested ones by dots), `--no-resume`, `--eval-only`, `--dry-run`,
+    `--num-processes` and others of `ft.shell.launch`; see `--help`. Under torchrun or srun it is one of the ranks.
+    Logs go to the console and to the run's directory, where the config is kept too. An error of fntrain ends the
+    process with status 1 and its message.
 
     Args:
       recipe: what to train.
       args: in place of sys.argv[1:].
     Returns:
-      what `ft.run` returned; None after a dry run.
+      what `ft.run` returned; None after a dry run, and in all but the process of rank 0.
     Raises:
       MissingExtraError: tyro is not installed.
       SystemExit: 2 for flags that are not right, 1 for an error of fntrain, 128 + n after signal n.
@@ -49,7 +56,17 @@ def main(recipe: Recipe, args: Sequence[str] | None = None) -> Result | None:
     except ImportError as error:
         raise MissingExtraError("ft.main needs tyro: pip install 'fntrain[cli]'") from error
 
-    def train(config: Any, resume: bool = True, eval_only: bool = False, dry_run: bool = False) -> Flags:
+    def train(
+        config: Any,
+        resume: bool = True,
+        eval_only: bool = False,
+        dry_run: bool = False,
+        num_processes: int = 1,
+        num_machines: int = 1,
+        machine_rank: int = 0,
+        rendezvous: str | None = None,
+        max_restarts: int = 0,
+    ) -> Flags:
         """Train, or go on where an earlier run in --output-dir stopped.
 
         Args:
@@ -57,13 +74,19 @@ def main(recipe: Recipe, args: Sequence[str] | None = None) -> Result | None:
           resume: go on from the newest checkpoint in --output-dir, if there is one; if not, a used one is refused.
           eval_only: evaluate the newest checkpoint in --output-dir, or else --weights; do not train.
           dry_run: show what would be trained, and do one step that leaves nothing behind.
+          num_processes: on this machine, one for each GPU; they share every batch.
+          num_machines: how many run this command, each with its own --machine-rank.
+          machine_rank: which of them this is, from 0.
+          rendezvous: host:port of machine 0, if there are several.
+          max_restarts: how often a job that failed is started again, from its last checkpoint.
         """
-        return config, resume, eval_only, dry_run
+        ranks = {"num_processes": num_processes, "num_machines": num_machines, "machine_rank": machine_rank}
+        return config, resume, eval_only, dry_run, ranks | {"rendezvous": rendezvous, "max_restarts": max_restarts}
 
     train.__annotations__["config"] = Annotated[type(recipe.config), tyro.conf.arg(name="")]
-    train.__defaults__ = (recipe.config, *(train.__defaults__ or ())[-3:])
+    train.__defaults__ = (recipe.config, *(train.__defaults__ or ()))
     try:
-        config, resume, eval_only, dry_run = tyro.cli(train, args=args)
+        config, resume, eval_only, dry_run, processes = tyro.cli(train, args=args)
     except ConfigError as error:  # one value that can't be, as argparse has it
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -71,15 +94,50 @@ def main(recipe: Recipe, args: Sequence[str] | None = None) -> Result | None:
         if dry_run:
             print("\n".join(describe(build(recipe, config))))
             return None
+        results: list[Result] = []  # stays empty here, if other processes fill theirs
+        train_it = partial(_train, recipe, config, resume, eval_only, results)
+        several = processes["num_processes"] * processes["num_machines"] > 1 or processes["max_restarts"]
+        script = Script.running() if args is None and several else None
+        launch(train_it if script is None or placed(os.environ) or dist.is_initialized() else script, **processes)
+    except FntrainError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    return results[0] if results else None
+
+
+def _train(recipe: Recipe, config: Any, resume: bool, eval_only: bool, results: list[Result]) -> None:
+    """What every rank does."""
+    try:
         setup(config.output_dir)
         result = run(recipe, config, resume=resume, eval_only=eval_only)
     except FntrainError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
-    stop = result.state.run.stop
-    print(f"step {result.state.step}" + (f" ({stop.reason})" if stop else ""))
-    for name, value in result.results.items():
-        print(f"  {name:<24}{value:.6g}")
-    return result
+    if result.state.run.ranks.rank == 0:
+        results.append(result)
+        stop = result.state.run.stop
+        print(f"step {result.state.step}" + (f" ({stop.reason})" if stop else ""))
+        for name, value in result.results.items():
+            print(f"  {name:<24}{value:.6g}")
+
+
+@attrs.frozen
+class Script:
+    """The script that runs, to be run by other processes: what a recipe is made of need not be sent to them."""
+
+    path: str
+    module: str | None
+
+    @classmethod
+    def running(cls) -> "Script | None":
+        """The one of this process; None in a notebook and the like."""
+        main: Any = sys.modules["__main__"]
+        path, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
+        return None if path is None else cls(path, spec.name if spec is not None else None)
+
+    def __call__(self) -> None:
+        if self.module is None:
+            runpy.run_path(self.path, run_name="__main__")
+        else:
+            runpy.run_module(self.module, run_name="__main__", alter_sys=True)
 
 
 def describe(job: Job) -> list[str]:

@@ -159,6 +159,21 @@ class Stream:
         )
         return _batches(iter(loader))
 
+    def shard(self, rank: int, world_size: int) -> "Stream":
+        """Return the stream of one rank's shares; `fit` asks for it where several ranks train together.
+
+        Raises:
+          ValueError: it is another rank's share already, or a batch is smaller than the world.
+        Example:
+          >>> stream(range(9), 5, seed=0).shard(1, 2).share(0) == stream(range(9), 5, seed=0).samples(0)[3:]
+          True
+        """
+        if self.world_size > 1 and (self.rank, self.world_size) != (rank, world_size):
+            raise ValueError(
+                f"stream: is of rank {self.rank} of {self.world_size}, expected {rank} of {world_size}; leave both out"
+            )
+        return attrs.evolve(self, rank=rank, world_size=world_size)
+
     def _order(self, epoch: int, start: int, end: int) -> list[int]:
         if not self.shuffle:
             return list(range(start, end))
@@ -166,6 +181,31 @@ class Stream:
 
 
 stream = Stream
+
+
+@attrs.frozen
+class OwnShare:
+    """Data of which each rank reads another part already; made by `own_share`."""
+
+    data: Any
+
+    def shard(self, rank: int, world_size: int) -> Any:
+        """Return the data as it is."""
+        del rank, world_size
+        return self.data
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.data)
+
+
+def own_share(data: Any) -> OwnShare:
+    """Say that what each rank reads is its own part already, such as a DataLoader with a DistributedSampler.
+
+    Example:
+      >>> own_share([1, 2]).shard(1, 2)
+      [1, 2]
+    """
+    return OwnShare(data)
 
 
 def steps_per_epoch(num_samples: int, batch_size: int, *, drop_last: bool = False) -> int:

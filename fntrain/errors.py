@@ -31,3 +31,11 @@ class StateConsumedError(FntrainError, RuntimeError):
 
 class MissingExtraError(FntrainError, ImportError):
     """A feature needs a package of an optional extra; the message names the extra."""
+
+
+class LaunchError(FntrainError, RuntimeError):
+    """A process of a launched job failed; the message has its rank, its traceback, and what the others said."""
+
+
+class ReplicaError(FntrainError, RuntimeError):
+    """Ranks that should hold the same state do not; the message names the leaf and the rank."""

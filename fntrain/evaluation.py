@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import attrs
@@ -13,6 +14,7 @@ from fntrain import events
 from fntrain.batch import Batch, map_batch, num_samples
 from fntrain.loss import Weighted
 from fntrain.module import bound
+from fntrain.ranks import Ranks
 from fntrain.rng import preserved_generators, seed_generators
 from fntrain.state import TrainState
 
@@ -27,24 +29,44 @@ class Evaluation:
     model: nn.Module = attrs.field(repr=lambda model: type(model).__name__)
     fn: MetricsFn = attrs.field(repr=lambda fn: getattr(fn, "__qualname__", repr(fn)))
     data: Iterable[Batch] = attrs.field(repr=lambda data: f"<{type(data).__name__}>")
+    own: bool = attrs.field(default=False, repr=False)  # whether the loader was made here, and reads in order
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        sums: dict[str, list[tuple[Any, Any]]] = {}
+        found: dict[int, dict[str, tuple[Any, Any]]] = {}  # number of the batch -> name -> sum and weight
+        ranks = state.run.ranks
         with preserved_generators(), bound(self.model, state), _eval_mode(self.model), torch.no_grad():
-            seed_generators(state.seed, state.step, _USE)
             device = next(iter(state.params.values())).device
-            for batch in self.data:
+            for number, batch in self._share(ranks):
+                seed_generators(state.seed, state.step, _USE, number)
                 if device.type != "cpu":
                     batch = map_batch(lambda tensor: tensor.to(device, non_blocking=True), batch)
                 with events.collecting():  # what the model reports while evaluating belongs to no step
                     results = self.fn(self.model, batch)
                 if not isinstance(results, Mapping):
                     raise TypeError(f"evaluation: fn returned {type(results).__name__}, expected a dict of metrics")
-                for name, value in flattened(results).items():
-                    sums.setdefault(name, []).append(_sum_and_weight(name, value, batch))
+                flat = flattened(results)
+                found[number] = {name: _sum_and_weight(name, value, batch) for name, value in flat.items()}
+        if ranks.world_size > 1:
+            found = {number: parts for theirs in ranks.gather(_on_host(found)) for number, parts in theirs.items()}
+        sums: dict[str, list[tuple[Any, Any]]] = {}
+        for number in sorted(found):  # in the order of the data, so that the sum's bits do not depend on ranks
+            for name, part in found[number].items():
+                sums.setdefault(name, []).append(part)
         if not sums:
             raise ValueError("evaluation: the data gave no batch, or fn no metric")
         return {name: _mean(parts) for name, parts in sums.items()}
+
+    def _share(self, ranks: Ranks) -> Iterator[tuple[int, Batch]]:
+        """The batches of this rank with their numbers: whole ones, the same as for one process."""
+        if isinstance(self.data, DataLoader) and self.own and ranks.world_size > 1:
+            loader = self.data
+            numbers = range(ranks.rank, len(loader), ranks.world_size)
+            size, length = loader.batch_size or 1, len(loader.dataset)  # type: ignore[arg-type]
+            spans: Any = [range(number * size, min((number + 1) * size, length)) for number in numbers]
+            return zip(
+                numbers, DataLoader(loader.dataset, batch_sampler=spans, num_workers=loader.num_workers), strict=True
+            )
+        return islice(enumerate(self.data), ranks.rank, None, ranks.world_size)
 
 
 def evaluation(
@@ -53,8 +75,10 @@ def evaluation(
     """Make a function of the state that evaluates it: mean of `fn` over the samples of `data`.
 
     It moves batches to the state's device, binds the state's tensors to the module, sets eval mode without gradients,
-    and puts buffers, the train/eval flag of every sub-module, and the generators back. A hand-written evaluation must
-    bind the state itself, with `ft.bound(model, state)`: the model alone has its first weights when the step is pure.
+    and puts buffers, the train/eval flag of every sub-module, and the generators back. Several ranks share the batches
+    of the data, each once, and have bit for bit the result of one process; of a loader of your own each reads all. A
+    hand-written evaluation must bind the state itself, with `ft.bound(model, state)`: the model alone has its first
+    weights when the step is pure.
 
     Args:
       model: the module of the step.
@@ -74,8 +98,9 @@ def evaluation(
       ['mse']
     """
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, DataLoader):
-        data = DataLoader(data, batch_size=batch_size, num_workers=num_workers)
-    elif isinstance(data, Iterator) or not hasattr(data, "__iter__"):
+        loader: Any = DataLoader(data, batch_size=batch_size, num_workers=num_workers)
+        return Evaluation(model=model, fn=fn, data=loader, own=True)
+    if isinstance(data, Iterator) or not hasattr(data, "__iter__"):
         raise TypeError(
             f"data: got {type(data).__name__}, expected a data set or a re-iterable of batches (it is read many times)"
         )
@@ -121,6 +146,18 @@ def _sum_and_weight(name: str, value: Any, batch: Batch) -> tuple[Any, Any]:
     if isinstance(number, Tensor):
         number = number.detach().reshape(()).double()  # sums of many batches: not in the model's precision
     return (number, weight) if weighs else (number * weight, weight)
+
+
+def _on_host(found: dict[int, dict[str, tuple[Any, Any]]]) -> dict[int, dict[str, tuple[Any, Any]]]:
+    """Sums and weights without devices, for the other ranks."""
+    return {
+        number: {name: (_host(total), _host(weight)) for name, (total, weight) in parts.items()}
+        for number, parts in found.items()
+    }
+
+
+def _host(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def _mean(parts: list[tuple[Any, Any]]) -> float:

@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
-Reduce = Literal["mean", "sum", "max", "min"]
+Reduce = Literal["mean", "sum", "max", "min", "same"]
 Smooth = Literal["median", "latest", "sum", "each"]
 Scalar = Tensor | float
 
@@ -24,7 +24,7 @@ class MetricName(str):
     It equals the plain string, so `state.metrics["lr"]` finds it. A plain string means ("mean", "median").
 
     Args:
-      reduce: how values of micro-batches (and ranks) combine.
+      reduce: how values of micro-batches and ranks combine; "same": they are the same on all ranks already.
       smooth: writers show the window "median", the "latest" value, the "sum" of the period, or "each" at its own step.
     Example:
       >>> name = MetricName("lr", smooth="latest")

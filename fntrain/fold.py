@@ -15,7 +15,8 @@ import attrs
 from fntrain import tree
 from fntrain.check import whole
 from fntrain.hook import PHASES, AnyHook, Callback, Gated, Hook, flatten
-from fntrain.source import END, Batches, Positioned
+from fntrain.ranks import ALONE
+from fntrain.source import END, Batches, Positioned, shared
 from fntrain.state import SAVED, Run, StepFn, Stop, TrainState
 
 Gate = Callable[[TrainState, int], bool]
@@ -85,29 +86,32 @@ def states(
     max_steps = max_steps if max_steps is None else whole("max_steps", max_steps, 0)
     singles = [_as_gated(single) for single in flatten(hooks if isinstance(hooks, AnyHook) else list(hooks))]
     _check_order(singles)
-    rank = getattr(step_fn, "rank", 0)
-    mine = [single for single in singles if rank == 0 or not single.main]
-    run = Run(start_step=state.step, max_steps=max_steps)
+    ranks = getattr(step_fn, "ranks", ALONE)
+    mine = [single for single in singles if ranks.rank == 0 or not single.main]
+    run = Run(start_step=state.step, max_steps=max_steps, ranks=ranks)
     return _states(step_fn, mine, state.replace(run=run), data)
 
 
 def _states(
     step_fn: StepFn, singles: list[Gated], state: TrainState, data: Positioned | Iterable[Any]
 ) -> Generator[TrainState, None, TrainState]:
-    max_steps = state.run.max_steps
+    max_steps, ranks = state.run.max_steps, state.run.ranks
     opened: list[AbstractContextManager[Any]] = []
     batches = None
     unseen = False  # whether the state was made by a step and not yielded yet
     try:
+        if ranks.world_size > 1:
+            _check_alike(state, singles)
+            data = shared(data, ranks)
         live = [_opened(single, opened) for single in singles]
         batches = Batches(data, [one.hook.wrap_data for one in live if one.hook.wrap_data])
         ran: dict[int, int] = {}
         before_step, after_step = _phase(live, "before_step"), _phase(live, "after_step", ran)
         try:
-            state = _call(_phase(live, "before_train"), _with_memory(state, singles), None)
+            state = _agreed(_call(_phase(live, "before_train"), _with_memory(state, singles), None))
             while state.run.stop is None and (max_steps is None or state.step < max_steps):
                 batch = batches.next(state)
-                if batch is END:
+                if batch is END or (max_steps is None and ranks.world_size > 1 and ranks.most(batch is END)):
                     state = _stopped(state, "done", f"data ended after {batches.given} batches")
                     break
                 state = _call(before_step, state, 1)
@@ -118,6 +122,7 @@ def _states(
                 state, unseen = _step(step_fn, state, batch), True
                 del batch  # or it would live until the next one is there: one batch of memory
                 state = _call(after_step, state, 0)
+                state = _agreed(state)
                 if state.run.stop is None and (max_steps is None or state.step < max_steps):
                     unseen = False
                     yield state
@@ -195,6 +200,9 @@ def _finish(live: list[Gated], ran: dict[int, int], state: TrainState, error: Ba
         stale = gated.hook.saves and any(_differ(getattr(state, name), getattr(last, name)) for name in SAVED)
         due = gated.at_end and trained and (stale or ran.get(id(gated)) != last.step)
         due &= gated.hook.saves or not hurried
+        if error is not None and gated.hook.communicates and state.run.ranks.world_size > 1:
+            error.add_note(f"after_train of hook {gated.hook.name!r} was skipped: other ranks may not answer any more")
+            continue
         for callback in (gated.hook.after_step if due else None, gated.hook.after_train):
             try:
                 state = _call([(gated, callback, None)], state, None) if callback else state
@@ -237,6 +245,39 @@ def _noted(first: BaseException | None, later: BaseException) -> BaseException:
 def _weight(error: BaseException) -> int:
     """Ctrl-C before ordinary errors, and these before SystemExit, which would end the process without showing them."""
     return 0 if isinstance(error, SystemExit) else 1 if isinstance(error, Exception) else 2
+
+
+def _check_alike(state: TrainState, singles: list[Gated]) -> None:
+    """Refuse ranks that would do different things, and so wait for each other for ever."""
+    shared = [single for single in singles if not single.main]
+    mine = {
+        "state.step": state.step,
+        "state.position": state.position,
+        "state.seed": state.seed,
+        "max_steps": state.run.max_steps,
+        "hooks": [f"{one.hook.name} every {one.every} from {one.first} to {one.last}" for one in shared],
+    }
+    everyone = state.run.ranks.gather(mine)
+    for name in mine:
+        for rank, theirs in enumerate(everyone):
+            if theirs[name] != everyone[0][name]:
+                raise ValueError(
+                    f"{name}: rank {rank} has {theirs[name]!r}, rank 0 has {everyone[0][name]!r}; all ranks must start "
+                    "alike: from the same checkpoint, with the same settings and hooks"
+                )
+
+
+def _agreed(state: TrainState) -> TrainState:
+    """The state with the stop that any rank has asked for: all leave the loop after the same step."""
+    ranks, asked = state.run.ranks, state.run.stop
+    if ranks.world_size == 1 or not ranks.most(asked is not None):
+        return state
+    stops = ranks.gather(asked)
+    rank, first = next((rank, one) for rank, one in enumerate(stops) if one is not None)
+    alike = all(one == first for one in stops)
+    at_once = any(one is not None and one.at_once for one in stops)
+    reason = first.reason if alike else f"{first.reason} (rank {rank})"
+    return state.replace(run=attrs.evolve(state.run, stop=attrs.evolve(first, reason=reason, at_once=at_once)))
 
 
 def _stopped(state: TrainState, kind: Any, reason: str) -> TrainState:

@@ -16,6 +16,8 @@ LOSS_SCALE = "loss_scale"  # its place in `state.extra`
 INITIAL_SCALE = 2.0**16
 GROWTH_INTERVAL = 2000  # steps without overflow after which the scale is doubled
 _SMALLEST, _LARGEST = 2.0**-16, 2.0**24
+# What says how float32 products on a GPU round; the older switches must not be mixed with these.
+FLOAT32: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -40,14 +42,13 @@ def tf32(device: torch.device) -> Iterator[None]:
     """
     if device.type != "cuda":
         raise ValueError(f"precision: 'tf32' is a mode of NVIDIA GPUs, the model is on {device}; use 'fp32' or 'bf16'")
-    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
-    before = [switch.fp32_precision for switch in switches]
+    before = [switch.fp32_precision for switch in FLOAT32]
     try:
-        for switch in switches:
+        for switch in FLOAT32:
             switch.fp32_precision = "tf32"
         yield
     finally:
-        for switch, was in zip(switches, before, strict=True):
+        for switch, was in zip(FLOAT32, before, strict=True):
             switch.fp32_precision = was
 
 

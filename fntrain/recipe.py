@@ -1,8 +1,6 @@
 """Recipe: a training job as a value. Its parts are functions; another job is this one with some of them replaced."""
 
 import logging
-import random
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -23,12 +21,15 @@ from fntrain.hook import AnyHook, Gated, Hook, flatten, hook
 from fntrain.hooks.evaluate import Evaluate as EvaluateHook
 from fntrain.module import init_state
 from fntrain.optim import Optimizer, group, optimizer
+from fntrain.ranks import ALONE
 from fntrain.shell.checkpoint import checkpoints, resume_or
 from fntrain.shell.cuda import checked_device, cuda_step
+from fntrain.shell.distribute import distribute
 from fntrain.shell.in_place import in_place
 from fntrain.shell.params import load_params
-from fntrain.shell.setup import keep_config
-from fntrain.state import StepFn, TrainState
+from fntrain.shell.ranks import ranks
+from fntrain.shell.setup import keep_config, seed_all
+from fntrain.state import Run, StepFn, TrainState
 from fntrain.step import LossFn, supervised_step
 
 Evaluate = Callable[[TrainState], Mapping[str, Any]]
@@ -79,7 +80,7 @@ def build_optimizer(config: Any, model: nn.Module) -> Optimizer:
 
 
 def build_step(config: Any, model: nn.Module, loss_fn: LossFn, optimizer: Optimizer) -> StepFn:
-    """`supervised_step`, run in place, on a GPU as graphs; the default of a recipe."""
+    """`supervised_step`, run in place, on a GPU as graphs, by several ranks together; the default of a recipe."""
     step_fn = supervised_step(
         model,
         loss_fn,
@@ -88,6 +89,8 @@ def build_step(config: Any, model: nn.Module, loss_fn: LossFn, optimizer: Optimi
         clip_grad_norm=config.clip_grad_norm,
         precision=config.precision,
     )
+    if ranks().world_size > 1:
+        return distribute(step_fn)
     device = next(model.parameters()).device
     return cuda_step(step_fn, device=device) if device.type == "cuda" else in_place(step_fn)
 
@@ -143,8 +146,9 @@ class _KeepConfig:
     directory: str
     settings: dict[str, Any] = attrs.field(repr=False)
 
-    def __call__(self, _state: TrainState) -> None:
-        keep_config(self.directory, self.settings)
+    def __call__(self, state: TrainState) -> None:
+        if state.run.ranks.rank == 0:
+            keep_config(self.directory, self.settings)
 
 
 def _is_vector(_name: str, param: torch.Tensor) -> bool:
@@ -240,7 +244,7 @@ def build(recipe: Recipe, config: Any = None, *, load_weights: bool = True) -> J
     """
     config = _config_of(recipe, config)
     device = device_of(config)
-    _seed(config.seed)
+    seed_all(config.seed)
     model = recipe.build_model(config)
     if not isinstance(model, nn.Module):
         raise TypeError(f"build_model: returned {type(model).__name__}, expected a torch.nn.Module")
@@ -301,6 +305,7 @@ def run(recipe: Recipe, config: Any = None, *, resume: bool = True, eval_only: b
             where = f"{config.output_dir}: holds no checkpoint" if resume else "eval_only without resume: no checkpoint"
             raise CheckpointError(f"{where} to evaluate, and config.weights is None")
     state = resume_or(job.state, config.output_dir) if resume else job.state
+    state = state.replace(run=Run(ranks=getattr(job.step_fn, "ranks", ALONE)))
     if not eval_only:
         data = _from(state.position, job.data)
         state = fit(job.step_fn, job.hooks, state=state, data=data, max_steps=config.max_steps)
@@ -362,14 +367,6 @@ def _config_of(recipe: Recipe, config: Any) -> Any:
             f"{kind.__qualname__}, as the recipe has it; make one by attrs.evolve(recipe.config, ...)"
         )
     return recipe.config if config is None else config
-
-
-def _seed(seed: int) -> None:
-    """Seed for the model's first weights, as a script would; every later draw derives from (seed, step)."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    if numpy := sys.modules.get("numpy"):
-        numpy.random.seed(seed & 0xFFFFFFFF)
 
 
 def _checked(part: str, value: Any, expected: str) -> Any:

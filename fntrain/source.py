@@ -5,6 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from fntrain.errors import DataExhaustedError
 from fntrain.hook import Wrap
+from fntrain.ranks import Ranks
 from fntrain.state import TrainState
 
 
@@ -14,6 +15,21 @@ class Positioned(Protocol):
 
     def at(self, position: int) -> Iterator[Any]:
         """Iterate from batch number `position` (from 0)."""
+
+
+def shared(data: Positioned | Iterable[Any], ranks: Ranks) -> Positioned | Iterable[Any]:
+    """Return this rank's share of the data: batches cut by `data.shard(rank, world_size)`, or its own already.
+
+    Raises:
+      ValueError: every rank would read the same batches.
+    """
+    shard = getattr(data, "shard", None)
+    if shard is None:
+        raise ValueError(
+            f"data: each of {ranks.world_size} ranks would read the same batches of {type(data).__name__}; use "
+            "ft.data.stream(...), or ft.data.own_share(data) if what each rank reads is its own part already"
+        )
+    return shard(ranks.rank, ranks.world_size)  # type: ignore[no-any-return]
 
 
 class _End:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fntrain import tree
 from fntrain.errors import StateConsumedError
 from fntrain.lease import Leased
+from fntrain.ranks import ALONE, Ranks
 from fntrain.tree import PyTree
 
 StepFn = Callable[["TrainState", Any], "TrainState"]
@@ -33,11 +34,15 @@ class Stop:
 
 @attrs.frozen(kw_only=True)
 class Run:
-    """What `fit` knows of its own call. Steps must not read it; hooks may; only `ft.stop` changes it."""
+    """What `fit` knows of its own call. Steps must not read it; hooks may; only `ft.stop` changes it.
+
+    `ranks` are the processes that run it together, see `fntrain.ranks`.
+    """
 
     start_step: int = 0
     max_steps: int | None = None
     stop: Stop | None = None
+    ranks: Ranks = attrs.field(default=ALONE, eq=False, repr=False)
 
 
 def _view(mapping: Mapping[str, Any]) -> Mapping[str, Any]:

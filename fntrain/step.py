@@ -7,7 +7,7 @@ update. The pure step is that body on fresh copies of the state's leaves, lent t
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from itertools import chain, pairwise
 from operator import add
 from types import MappingProxyType
@@ -21,20 +21,22 @@ from fntrain import events, grads, tree
 from fntrain.batch import Batch, split_batch
 from fntrain.check import whole
 from fntrain.errors import NonFiniteError
-from fntrain.events import Collector, MetricName
+from fntrain.events import Collector, MetricName, Reduce
 from fntrain.loss import Loss, Objective, Weighted, WeightsFn, objective
 from fntrain.module import Slots
 from fntrain.optim import BoundOptimizer, Optimizer, lr_scale
 from fntrain.precision import LOSS_SCALE, PRECISIONS, Precision, autocast, loss_scale, next_loss_scale, tf32, unscale_
+from fntrain.ranks import ALONE, WEIGHT, Exchange, Ranks
 from fntrain.rng import other_states, seed_generators
 from fntrain.state import TrainState
 
 LossFn = Callable[[nn.Module, Batch], Loss | Weighted]
 TransformGrads = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-LR = MetricName("lr", smooth="latest")
-SKIPPED = MetricName("skipped_steps", reduce="max", smooth="sum")
-SCALE = MetricName("loss_scale", smooth="latest")
-_RESERVED = frozenset({"loss", "lr", "grad_norm", SKIPPED, SCALE, "step"})
+LR = MetricName("lr", reduce="same", smooth="latest")
+LOSS, GRAD_NORM = MetricName("loss", reduce="same"), MetricName("grad_norm", reduce="same")
+SKIPPED = MetricName("skipped_steps", reduce="same", smooth="sum")
+SCALE = MetricName("loss_scale", reduce="same", smooth="latest")
+_RESERVED = frozenset({LOSS, LR, GRAD_NORM, SKIPPED, SCALE, WEIGHT, "step"})
 _LAST: Any = object()
 CHECK_EVERY = 100  # steps after which a layer put into the model later is noticed
 
@@ -74,6 +76,7 @@ class SupervisedStep:
       seeds: "all" seeds Python's and NumPy's default generators too, for a loss that draws from them (20 us); a first
         step that does without is warned of.
       split: (batch, num) -> micro-batches, for batches that `ft.split_batch` can't split.
+      rank, exchange: of several processes, set by `ft.shell.distribute`.
     Raises:
       ValueError, TypeError: an argument out of range or of the wrong kind; what the loss or the batch lacks.
     Example:
@@ -99,6 +102,7 @@ class SupervisedStep:
     split: Callable[[Batch, int], Iterable[Batch]] | None = attrs.field(default=None, kw_only=True)
     seeds: Literal["torch", "all"] = attrs.field(default="torch", kw_only=True)
     rank: int = attrs.field(default=0, kw_only=True)
+    exchange: Exchange | None = attrs.field(default=None, kw_only=True, repr=False)
     slots: Slots = attrs.field(init=False, repr=False)
     bound: BoundOptimizer = attrs.field(init=False, repr=False)
 
@@ -112,7 +116,14 @@ class SupervisedStep:
         for one in self.bound.template.param_groups:
             one["params"] = []  # options are what it is for; a model that is moved leaves no memory behind
 
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that do this step together."""
+        return ALONE if self.exchange is None else self.exchange.ranks
+
     def __call__(self, state: TrainState, batch: Batch) -> TrainState:
+        if self.exchange is not None:
+            raise TypeError("step_fn: the pure form of a distributed step would not synchronise; call the one in place")
         if state.step % CHECK_EVERY == 0 or not self.bound.seen:
             self.check_model()
         if state.params.keys() != self.slots.params.keys() or state.buffers.keys() != self.slots.buffer_names:
@@ -194,18 +205,21 @@ class SupervisedStep:
         scale = loss_scale(state.extra, device) if self.precision == "fp16" else None
         if self.precision == "tf32":
             with tf32(device):
-                parts = self._backward(batch, device)
+                parts, totals = self._backward(batch, device)
         else:
-            parts = self._backward(batch, device, None if scale is None else scale["scale"])
+            parts, totals = self._backward(batch, device, None if scale is None else scale["scale"])
         if watched is not None:
             _warn_of_draws(watched, other_states())
         leaves = self._reduced_leaves(parts, None if scale is None else scale["scale"])
-        metrics = _report(parts)
+        metrics = _report(parts, totals)
+        if self.exchange is not None:
+            self.exchange.share(list(self.slots.buffers.values()))
         metrics[LR] = self.lr(state)
         norm = self._norm(leaves)
         if norm is not None:
-            metrics["grad_norm"] = norm
-        healthy = self._healthy(state, metrics["loss"], norm, parts)
+            metrics[GRAD_NORM] = norm
+        counts = _sum([part.counts for part, _ in parts]) if totals is None else totals.counts
+        healthy = self._healthy(state, metrics["loss"], norm, counts)
         if self.on_nonfinite != "allow" or healthy is False:
             metrics[SKIPPED] = (~healthy).float() if isinstance(healthy, Tensor) else float(not healthy)
         changes: dict[str, Any] = {"metrics": metrics}
@@ -218,27 +232,35 @@ class SupervisedStep:
 
     def _backward(
         self, batch: Batch, device: torch.device, scale: Tensor | None = None
-    ) -> list[tuple[Objective, Collector]]:
-        """Run forward and backward of every micro-batch, gradients adding up in `.grad`."""
+    ) -> tuple[list[tuple[Objective, Collector]], "Totals | None"]:
+        """Run forward and backward of every micro-batch, gradients adding up in `.grad`, over ranks in the last one."""
+        exchange, totals = self.exchange, None
         denominators = None if self.weights is None else self.weights(batch)
+        if exchange is not None and denominators is not None:
+            sums = exchange.sums(list(denominators.values()), device)
+            denominators = dict(zip(denominators, sums, strict=True))
         micro_batches = [batch] if self.accumulate == 1 else (self.split or split_batch)(batch, self.accumulate)
         parts: list[tuple[Objective, Collector]] = []
         fp32 = self.precision in ("fp32", "tf32")
         for micro_batch, following in pairwise(chain(micro_batches, [_LAST])):  # one ahead: the last must know
+            last = following is _LAST
+            forward = self.loss_fn if exchange is None else partial(exchange.forward, last=last)
             with events.collecting() as collector:
                 if fp32:
-                    output = self.loss_fn(self.model, micro_batch)
+                    output = forward(self.model, micro_batch)
                 else:
                     # Entered per micro-batch: autocast's cache of cast weights must not outlive an update.
                     with autocast(self.precision, device):
-                        output = self.loss_fn(self.model, micro_batch)
-            alone = following is _LAST and not parts
+                        output = forward(self.model, micro_batch)
+            alone = last and not parts and exchange is None
             part = objective(output, micro_batch, alone=alone, denominators=denominators)
-            grads.backward(part.total if scale is None else part.total * scale)
             parts.append((part.detached(), collector))
+            if last and exchange is not None:
+                totals = Totals.of(exchange, [one for one, _ in parts], device)
+            grads.backward(part.total if scale is None else part.total * scale)
         if not parts:
             raise ValueError("split: returned no micro-batch, expected at least one")
-        return parts
+        return parts, totals
 
     def _reduced_leaves(
         self, parts: list[tuple[Objective, Collector]], scale: Tensor | None = None
@@ -249,7 +271,7 @@ class SupervisedStep:
             raise ValueError("loss_fn: no parameter got a gradient; the loss does not depend on the model")
         if scale is not None:
             unscale_(_grads(leaves), scale)
-        if parts[0][0].divide:
+        if parts[0][0].divide and self.exchange is None:
             torch._foreach_div_(_grads(leaves), _total_weight(parts))
         if self.transform_grads is None:
             return leaves
@@ -274,11 +296,11 @@ class SupervisedStep:
         return grads.global_norm(_grads(leaves)) if leaves and wanted else None
 
     def _healthy(
-        self, state: TrainState, loss: Tensor, norm: float | Tensor | None, parts: list[tuple[Objective, Collector]]
+        self, state: TrainState, loss: Tensor, norm: float | Tensor | None, counts: Tensor | float
     ) -> bool | Tensor:
         """Whether to update: loss and gradients finite, weight not 0; a tensor where the host would have to wait."""
         stalls = grads.stalls(loss) and self.on_nonfinite != "raise"
-        weighs: bool | Tensor = _sum([part.counts for part, _ in parts]) != 0
+        weighs: bool | Tensor = counts != 0
         if isinstance(weighs, Tensor) and not stalls:
             weighs = bool(weighs)
         if self.on_nonfinite == "allow" or norm is None:
@@ -326,11 +348,31 @@ def _total_weight(parts: list[tuple[Objective, Collector]]) -> Any:
     return _sum([part.weight for part, _ in parts])
 
 
-def _report(parts: list[tuple[Objective, Collector]]) -> dict[str, Any]:
-    """Metrics of a step: what was reported inside, then the losses, divided like the gradients."""
+@attrs.frozen(eq=False)
+class Totals:
+    """What the ranks' parts of a step add up to, in float64."""
+
+    loss: Tensor  # divided like the gradients
+    counts: Tensor
+
+    @classmethod
+    def of(cls, exchange: Exchange, parts: list[Objective], device: torch.device) -> "Totals":
+        """Add up what the forwards gave, and let the gradients be divided by it when they meet."""
+        divide = parts[0].divide
+        mine = [_sum([getattr(part, name) for part in parts]) for name in ("total", "weight", "counts")]
+        loss, weight, counts = exchange.sums(mine, device)
+        exchange.divide(weight if divide else None)
+        return cls(loss / weight if divide else loss, counts)
+
+
+def _report(parts: list[tuple[Objective, Collector]], totals: Totals | None) -> dict[str, Any]:
+    """Metrics of a step: what was reported inside, then the losses, divided like the gradients.
+
+    Of several ranks the loss is that of all; the rest is this rank's, to be combined when it is written.
+    """
     metrics = events.merge([(collector, part.weight) for part, collector in parts])
     terms = parts[0][0].terms
-    if len(parts) == 1 and not parts[0][0].divide and not metrics and len(terms) == 1:
+    if totals is None and len(parts) == 1 and not parts[0][0].divide and not metrics and len(terms) == 1:
         return {"loss": parts[0][0].total, **terms}  # what most steps have: no detour
     if metrics or len(terms) > 1:
         taken = (_RESERVED | terms.keys()) & metrics.keys() | (_RESERVED - {"loss"}) & terms.keys()
@@ -341,7 +383,14 @@ def _report(parts: list[tuple[Objective, Collector]]) -> dict[str, Any]:
     divisor = _total_weight(parts) if parts[0][0].divide else None
     values = {"loss": [part.total for part, _ in parts]} | {n: [p.terms[n] for p, _ in parts] for n in terms}
     sums = {name: _sum(several) for name, several in values.items()}
-    return {**metrics, **(sums if divisor is None else {name: value / divisor for name, value in sums.items()})}
+    losses = sums if divisor is None else {name: value / divisor for name, value in sums.items()}
+    if totals is None:
+        return {**metrics, **losses}
+    kind: Reduce = "mean" if parts[0][0].divide else "sum"  # terms with denominators of all ranks are parts of sums
+    named: dict[str, Any] = {MetricName(name, kind): value for name, value in losses.items()}
+    weight = float(_total_weight(parts)) if divisor is None or not isinstance(divisor, Tensor) else divisor
+    named.pop(LOSS)  # the key stays that of the first writer
+    return {LOSS: totals.loss.to(parts[0][0].total.dtype), **metrics, **named, WEIGHT: weight}
 
 
 def alike(new: Any, old: Any, device: torch.device) -> bool:

@@ -288,18 +288,16 @@ def test_the_lock_is_let_go_of_after_fit(tmp_path):
 
 
 def test_the_lock_is_let_go_of_after_an_error(tmp_path):
-    """In the step, or in opening a later hook."""
+    """In the step, or in the start of a later hook."""
     with pytest.raises(ZeroDivisionError):
         list(runs(tmp_path, step_fn=fails))
     assert is_free(tmp_path)
 
-    @contextmanager
-    def refuses():
+    def refuses(_state):
         assert not is_free(tmp_path)
         raise ZeroDivisionError
-        yield
 
-    hooks = [ft.hooks.checkpoint(tmp_path, every=1), ft.resource(refuses, name="refuses")]
+    hooks = [ft.hooks.checkpoint(tmp_path, every=1), ft.hook(before_train=refuses, name="refuses")]
     with pytest.raises(ZeroDivisionError):
         ft.fit(step_fn, hooks, state=make_state(), data=iter(range(9)), max_steps=3)
     assert is_free(tmp_path)

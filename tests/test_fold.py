@@ -8,6 +8,7 @@ import torch
 from cases import batches, make, square_loss
 
 import fntrain as ft
+from fntrain.ranks import Ranks
 
 SGD = ft.optimizer(torch.optim.SGD, lr=0.1)
 
@@ -329,7 +330,7 @@ def test_on_main_runs_on_rank_0_only_and_may_only_report():
     """Other ranks leave the hook out; on rank 0 it may change metrics and nothing else."""
 
     class Ranked:
-        rank = 1
+        ranks = Ranks(rank=1)
 
         def __call__(self, state, batch):
             return count(state, batch)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fntrain as ft
 from fntrain import tree
+from fntrain.ranks import ALONE
 from fntrain.shell.kernels import FusedAdam
 from fntrain.testing import assert_resume_exact, assert_states_equal
 
@@ -909,7 +910,7 @@ def test_a_function_is_refused():
     cheap, _ = start(make("mlp"))
     with pytest.raises(TypeError, match="runs in place already"):
         ft.shell.in_place(cheap)
-    assert repr(cheap).startswith("in_place(SupervisedStep(") and cheap.rank == 0
+    assert repr(cheap).startswith("in_place(SupervisedStep(") and cheap.ranks is ALONE
 
 
 # The fold around it.

@@ -223,7 +223,7 @@ def test_hooks_are_values():
         (lambda: early_stopping("x", mode="max", patience=1, min_delta=math.nan), ValueError, "min_delta: got nan"),
         (lambda: stop_when(True, "x"), TypeError, "predicate: got bool"),
         (lambda: stop_when(bool, 3), TypeError, "reason: got int"),
-        (lambda: ft.on_main(early_stopping("x", mode="max", patience=1)), ValueError, "has memory"),
+        (lambda: ft.on_main(early_stopping("x", mode="max", patience=1)), ValueError, "communicates between ranks"),
     ],
 )  # fmt: skip
 def test_misuse_names_what_was_wrong(call, kind, message):

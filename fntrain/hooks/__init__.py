@@ -9,6 +9,7 @@ from fntrain.hooks.plateau import reduce_lr_on_plateau
 from fntrain.hooks.precise_bn import precise_bn
 from fntrain.hooks.profile import profile
 from fntrain.hooks.progress import progress_bar
+from fntrain.hooks.replicas import check_replicas
 from fntrain.hooks.rollback import rollback_on_spike
 from fntrain.hooks.signal import on_signal
 from fntrain.hooks.stopping import early_stopping, stop_when
@@ -18,6 +19,7 @@ from fntrain.hooks.timer import iteration_timer
 __all__ = [
     "averaged",
     "best_checkpoint",
+    "check_replicas",
     "checkpoint",
     "early_stopping",
     "ema",

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import attrs
@@ -13,6 +13,7 @@ from fntrain import gates
 from fntrain.check import whole
 from fntrain.errors import CheckpointError
 from fntrain.hook import AnyHook, Hook, hook, resource
+from fntrain.ranks import agreed
 from fntrain.shell.directory import complete, readable, remove, retain, set_aside, step_of
 from fntrain.shell.files import check_files
 from fntrain.shell.remote import Place, place
@@ -73,8 +74,8 @@ class Checkpoint:
 
     @contextmanager
     def __call__(self) -> Iterator[Hook]:
-        with Saver(place(self.directory), asynchronous=self.asynchronous) as saver:
-            live = _Periodic(self, saver)
+        with ExitStack() as stack:
+            live = _Periodic(self, stack)
             yield attrs.evolve(
                 hook(before_train=live.start, after_step=live.save, after_train=live.finish), wrap_data=live.watch
             )
@@ -88,30 +89,48 @@ class Checkpoint:
 
 
 class _Live:
-    """The live hook of either kind."""
+    """The live hook of either kind; of several ranks that hold the same state, the first saves."""
 
-    def __init__(self, saver: Saver) -> None:
-        self.saver = saver
+    def __init__(self, record: "Checkpoint | BestCheckpoint", stack: ExitStack) -> None:
+        self.stack = stack
+        self.opens = Saver(place(record.directory), asynchronous=record.asynchronous)
+        self.saver: Saver | None = None
+
+    def open(self, state: TrainState) -> Saver | None:
+        """Take hold of the directory, if this rank saves."""
+        if state.run.ranks.rank == 0:
+            self.saver = self.stack.enter_context(self.opens)
+        return self.saver
 
     def watch(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
-            self.saver.check()  # at every step, whatever the gates: a failed save is told at once
+            if self.saver is not None:
+                self.saver.check()  # at every step, whatever the gates: a failed save is told at once
             yield batch
             del batch  # or it would live until the next one is there
 
+    def wait(self, state: TrainState) -> None:
+        """Wait until what was saved is on the disk, on all ranks."""
+        if self.saver is not None:
+            self.saver.wait()
+        state.run.ranks.barrier()
+
     def write(self, state: TrainState, keep: Callable[[list[int]], Collection[int]]) -> None:
+        if self.saver is None:
+            return
         step = state.step  # not the state: it would live until it is on the disk
         left = {later for later in self.saver.steps if later > step}  # by a roll-back
-        self.saver.save(state, lambda: retain(self.saver.root, step, keep, left))
+        self.saver.save(state, lambda: retain(self.opens.root, step, keep, left))
 
 
 class _Periodic(_Live):
-    def __init__(self, record: Checkpoint, saver: Saver) -> None:
-        super().__init__(saver)
+    def __init__(self, record: Checkpoint, stack: ExitStack) -> None:
+        super().__init__(record, stack)
         self.record = record
 
     def start(self, state: TrainState) -> None:
-        refuse_later(self.saver.root, state)
+        if (saver := self.open(state)) is not None:
+            refuse_later(saver.root, state)
 
     def save(self, state: TrainState) -> TrainState | None:
         record, memory = self.record, {}
@@ -128,7 +147,7 @@ class _Periodic(_Live):
         for kept in self.record.keep_best:
             if not state.hooks[self.record.name].get(kept.metric):
                 tell_unseen(state, self.record.name, kept.metric, "it counts only at the steps that are saved")
-        self.saver.wait()
+        self.wait(state)
 
 
 def checkpoint(
@@ -184,7 +203,7 @@ def checkpoint(
         asynchronous,
     )
     remembers = {"init": _Nothing()} if best else {}
-    return gates.at_end(gates.every(every, resource(record, name=name, saves=True, **remembers)))
+    return gates.at_end(gates.every(every, resource(record, name=name, saves=True, communicates=True, **remembers)))
 
 
 @attrs.frozen
@@ -207,35 +226,42 @@ class BestCheckpoint:
 
     @contextmanager
     def __call__(self) -> Iterator[Hook]:
-        with Saver(place(self.directory), asynchronous=self.asynchronous) as saver:
-            live = _Best(self, saver)
+        with ExitStack() as stack:
+            live = _Best(self, stack)
             yield attrs.evolve(
                 hook(before_train=live.start, after_step=live.save, after_train=live.finish), wrap_data=live.watch
             )
 
 
 class _Best(_Live):
-    def __init__(self, record: BestCheckpoint, saver: Saver) -> None:
-        super().__init__(saver)
+    def __init__(self, record: BestCheckpoint, stack: ExitStack) -> None:
+        super().__init__(record, stack)
         self.record = record
 
     def start(self, state: TrainState) -> TrainState | None:
         """Bring memory and directory together: a kill may have come between the one and the other."""
         memory: Mapping[str, float] = state.hooks[self.record.name]
         best = max(map(int, memory), default=-1)
-        found = {step_of(path): path for path in complete(self.saver.root)}
+        saver = self.open(state)
+        if saver is None:
+            return self.begun(state, state.run.ranks.most(0))
+        found = {step_of(path): path for path in complete(saver.root)}
         for step, path in found.items():
             if step > best:
                 set_aside(path, "former")  # of a run that is not this one's past
             elif step < best and best in found:
                 remove(path)
-        if not memory or best in found:
-            return None
-        if best == state.step:
+        missing = bool(memory) and best not in found
+        if missing and best == state.step:
             self.write(state, lambda _: [])
-            return None
-        _log.warning("%s: the best checkpoint (step %s) is not there; beginning anew", self.saver.root, best)
-        return remember(state, self.record.name, {})
+            missing = False
+        if missing:
+            _log.warning("%s: the best checkpoint (step %s) is not there; beginning anew", saver.root, best)
+        return self.begun(state, state.run.ranks.most(missing))
+
+    def begun(self, state: TrainState, missing: int) -> TrainState | None:
+        """The state, without the memory of a best that is not there."""
+        return remember(state, self.record.name, {}) if missing else None
 
     def save(self, state: TrainState) -> TrainState | None:
         value = score(state, self.record.best.metric)
@@ -252,7 +278,7 @@ class _Best(_Live):
         new = None if failed else self.save(state)
         if not (new or state).hooks[self.record.name]:
             tell_unseen(state, self.record.name, self.record.best.metric, "list it after the hook that reports it")
-        self.saver.wait()
+        self.wait(state)
         return new
 
 
@@ -284,12 +310,12 @@ def best_checkpoint(
     Source: detectron2's BestCheckpointer
     """
     record = BestCheckpoint(os.fspath(directory), name, _of_the_best(metric, mode=mode), asynchronous)
-    return resource(record, name=name, saves=True, init=_Nothing())
+    return resource(record, name=name, saves=True, communicates=True, init=_Nothing())
 
 
 def score(state: TrainState, metric: str) -> float | None:
     """A metric of the state as a number, None if it is not there or not finite."""
-    value = state.metrics.get(metric)
+    value = agreed(state, metric)
     number = math.nan if value is None else float(value)
     return number if math.isfinite(number) else None
 

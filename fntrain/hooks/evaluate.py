@@ -28,7 +28,7 @@ class Evaluate:
             raise TypeError(f"evaluate: the function returned {type(results).__name__}, expected a dict of numbers")
         metrics = dict(state.metrics)
         for name, value in flattened(results).items():
-            metrics[MetricName(f"{self.prefix}{name}", smooth="each")] = _number(name, value)
+            metrics[MetricName(f"{self.prefix}{name}", reduce="same", smooth="each")] = _number(name, value)
         return state.replace(metrics=metrics)
 
 
@@ -80,5 +80,5 @@ def evaluate(
     """
     if not callable(fn):
         raise TypeError(f"fn: got {type(fn).__name__}, expected a function of the state, such as ft.evaluation(...)")
-    reporting = hook(after_step=Evaluate(fn, prefix, weights), name=name)
+    reporting = hook(after_step=Evaluate(fn, prefix, weights), name=name, communicates=True)
     return gates.at_end(gates.every(every, attrs.evolve(reporting, reports=True, reads=weights)))

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
+from operator import itemgetter
 from typing import Any, Literal, get_args
 
 import attrs
@@ -14,6 +15,7 @@ from fntrain.check import whole
 from fntrain.grads import stalls
 from fntrain.history import History
 from fntrain.hook import AnyHook, Hook, hook, resource
+from fntrain.ranks import WEIGHT, Ranks, combined
 from fntrain.state import TrainState
 from fntrain.writers import Row, Writer, WriteRow
 
@@ -47,6 +49,9 @@ def write_metrics(
 ) -> AnyHook:
     """Write the metrics of the steps every n steps and after the last one; list it after hooks that report.
 
+    Of several ranks the first writes; what each reported of its part of the batch is combined as the metric's name
+    says (mean, weighted like the loss, sum, max or min), by one exchange per write.
+
     A metric is shown as the median of its values in the last `window` steps, or as `smoothing` says; learning rates
     and other unsmoothed ones as the latest; results of `evaluate` each at its own step. Tensors wait on their device
     and are transferred together, once per write: between writes nothing synchronises.
@@ -78,7 +83,7 @@ def write_metrics(
     for asked in smoothing.values() if isinstance(smoothing, Mapping) else (smoothing,):
         if asked not in get_args(Smoothing):
             raise ValueError(f"smoothing: got {asked!r}, expected one of {', '.join(get_args(Smoothing))}")
-    return resource(WriteMetrics(several, every, window, smoothing), name=name, writes=True)
+    return resource(WriteMetrics(several, every, window, smoothing), name=name, writes=True, communicates=True)
 
 
 class _Live:
@@ -96,15 +101,17 @@ class _Live:
         self.media: dict[int, dict[str, Any]] = {}
         self.sums: dict[str, list[tuple[int, float]]] = {}  # of all values up to a step, for means over the run
         self.written = self.newest = self.valid = -1
+        self.opened = False
 
     def open(self, state: TrainState) -> None:
         """Open the writers, at the first step: a run that is refused or has nothing to do leaves their files alone."""
         self.written = self.valid = state.run.start_step
-        for writer in self.settings.writers:
+        self.opened = True
+        for writer in self.settings.writers if state.run.ranks.rank == 0 else ():
             self.writes.append(self.stack.enter_context(writer.open(state.run.start_step)))
 
     def record(self, state: TrainState) -> None:
-        if not self.writes and self.settings.writers:
+        if not self.opened:
             self.open(state)
         if state.step <= self.newest:
             self.forget(state.step - 1)
@@ -183,6 +190,7 @@ class _Live:
     def write(self, state: TrainState) -> None:
         """One row per step that has results of its own, and one for the period."""
         self.sort()
+        self.combine(state.run.ranks)
         for name, values in self.windows.items():
             windowed = self.smoothing(name) in WINDOWED
             while values and values[0][0] <= (state.step - self.settings.window if windowed else self.written):
@@ -204,6 +212,31 @@ class _Live:
             periodic = step == state.step
             self.emit(state, step, rows[step], self.media.get(step, {}), histories if periodic else {})
         self.each, self.media, self.written = {}, {}, state.step
+
+    def combine(self, ranks: Ranks) -> None:
+        """Put in place of what this rank measured since the last write what all ranks did."""
+        if ranks.world_size == 1:
+            return
+        fresh = [
+            (name, step, value)
+            for name, values in self.windows.items()
+            for step, value in values
+            if step > self.written
+        ]
+        numbers = to_host([value for *_, value in fresh])
+        mine = [(name, step, number) for (name, step, _), number in zip(fresh, numbers, strict=True)]
+        everyone = ranks.gather(mine)
+        weights = [{step: number for name, step, number in theirs if name == WEIGHT} for theirs in everyone]
+        parts: dict[tuple[str, int], list[tuple[float, float]]] = {}
+        for theirs, weight in zip(everyone, weights, strict=True):
+            for name, step, number in theirs:
+                parts.setdefault((name, step), []).append((number, weight.get(step, 1.0)))
+        for values in self.windows.values():
+            while values and values[-1][0] > self.written:
+                values.pop()
+        for name, step in sorted(parts, key=itemgetter(1)):
+            self.take(name, [(step, combined(name, parts[name, step]))])
+        self.windows.pop(WEIGHT, None)
 
     def write_each(self, state: TrainState) -> None:
         """The results of this step alone, between two periods."""

@@ -10,6 +10,7 @@ from fntrain.check import whole
 from fntrain.hook import AnyHook, stateful
 from fntrain.hooks.checkpoint import tell_unseen
 from fntrain.optim import LR_SCALE, lr_scale
+from fntrain.ranks import agreed
 from fntrain.state import TrainState, remember
 
 _log = logging.getLogger("fntrain")
@@ -41,9 +42,10 @@ class ReduceLROnPlateau:
 
     def __call__(self, state: TrainState) -> TrainState | None:
         memory = state.hooks[self.name]
-        if self.metric not in state.metrics or memory["step"] == state.step:  # another hook went back to this step
+        found = agreed(state, self.metric)
+        if found is None or memory["step"] == state.step:  # another hook went back to this step
             return None
-        value = float(state.metrics[self.metric])
+        value = float(found)
         best = memory["best"]
         resting = max(memory["resting"] - 1, 0)
         if self.improves(value, best):
@@ -115,5 +117,9 @@ def reduce_lr_on_plateau(
     )
     worst = -math.inf if mode == "max" else math.inf
     return stateful(
-        name, {"best": worst, "bad": 0, "resting": 0, "step": -1}, after_step=record, after_train=_AtEnd(record)
+        name,
+        {"best": worst, "bad": 0, "resting": 0, "step": -1},
+        after_step=record,
+        after_train=_AtEnd(record),
+        communicates=True,
     )

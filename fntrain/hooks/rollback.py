@@ -17,6 +17,7 @@ from fntrain.check import whole
 from fntrain.events import MetricName
 from fntrain.hook import AnyHook, Hook, hook, resource
 from fntrain.hooks.metrics import to_host
+from fntrain.ranks import agreed
 from fntrain.state import TrainState, remember, snapshot, stop
 
 _log = logging.getLogger("fntrain")
@@ -50,7 +51,7 @@ def rollback_on_spike(
     goes back to where it was resumed.
 
     Args:
-      metric: name in `state.metrics`; steps without it do not count. Alike on all ranks, as a mean of the loss is.
+      metric: name in `state.metrics`; steps without it do not count. Of several ranks it is the mean.
       factor: how many times the median is a spike, above 1.
       window: number of values that the median covers.
       nonfinite_steps: how many in a row; with on_nonfinite="skip" a single one did no harm.
@@ -89,7 +90,7 @@ def rollback_on_spike(
     )
     if snapshot_every % look_every:
         raise ValueError(f"snapshot_every: got {snapshot_every}, expected a multiple of look_every={look_every}")
-    return resource(record, name=name, init=_Start(), reports=True, rewinds=True)
+    return resource(record, name=name, init=_Start(), reports=True, rewinds=True, communicates=True)
 
 
 @attrs.frozen
@@ -162,8 +163,9 @@ class _Live:
         if state.step <= memory["step"]:
             return None  # another hook has gone back to a step that was looked at already
         memory["step"] = state.step
-        if record.metric in state.metrics:
-            memory["pending"] = [*memory["pending"], state.metrics[record.metric]]
+        value = agreed(state, record.metric)
+        if value is not None:
+            memory["pending"] = [*memory["pending"], value]
         problem = None
         if state.step % record.look_every == 0 and memory["pending"]:
             memory, problem = record.judge(memory, to_host(memory["pending"]))

@@ -18,6 +18,7 @@ from fntrain.hook import AnyHook, Hook, hook, resource
 from fntrain.state import TrainState, stop
 
 _log = logging.getLogger("fntrain")
+arrived: set[int] = set()  # signals that the hook of this process has seen: a launcher need not pass them on
 
 
 @attrs.frozen
@@ -41,7 +42,7 @@ def on_signal(
 
     `state.run.stop` names the signal. A second one ends the process at once, after Python has seen the first (C code
     that is running returns before). None is lost: one that comes when the run is ending exits all the same, one beside
-    an error is a note of it. Each process decides for itself: ranks must get it between the same two steps.
+    an error is a note of it. Of several ranks one is enough: all stop after the same step and exit alike.
     Schedulers and Ctrl-C signal all processes of a job: children by fork heed SIGTERM alone, and workers of
     `ft.data.stream` only their parent's. SIGTERM to all ends a DataLoader of your own, and so the run by an error.
 
@@ -75,7 +76,7 @@ def on_signal(
     if wrong or not names:
         got = f"{wrong[0]!r}, which is unknown here or can't be caught" if wrong else "none"
         raise ValueError(f"signals: got {got}; expected names such as 'SIGTERM'")
-    return resource(OnSignal(tuple(dict.fromkeys(names)), exit), name=name)
+    return resource(OnSignal(tuple(dict.fromkeys(names)), exit), name=name, communicates=True)
 
 
 class _Live:
@@ -92,6 +93,7 @@ class _Live:
     def __enter__(self) -> Hook:
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("on_signal: Python handles signals in the main thread only; call fit there")
+        arrived.clear()
         self.former = {signal.Signals[name]: signal.getsignal(signal.Signals[name]) for name in self.settings.signals}
         if foreign := [signal.Signals(one).name for one, former in self.former.items() if former is None]:
             raise RuntimeError(f"on_signal: {foreign[0]} has a handler set from C that can't be put back; leave it out")
@@ -101,7 +103,7 @@ class _Live:
         except BaseException:  # of a former handler, such as Ctrl-C
             self.restore()
             raise
-        return hook(before_train=self.look, after_step=self.look)
+        return hook(before_train=self.look, after_step=self.look, after_train=self.finish)
 
     def handle(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self.owner:  # in a child by fork: SIGTERM is how its parent ends it
@@ -112,6 +114,7 @@ class _Live:
             signal.signal(number, self.former[number])
             signal.raise_signal(number)
         else:
+            arrived.add(number)
             self.came = self.came or signal.Signals(number)
             for one in self.former:
                 signal.signal(one, signal.SIG_DFL)
@@ -122,6 +125,12 @@ class _Live:
         _log.warning("%s: stopping after step %d; a second signal ends at once", self.came.name, state.step)
         self.told = state.run.stop is None  # or else another hook's reason stays
         return stop(state, f"{self.came.name} received", at_once=True)
+
+    def finish(self, state: TrainState) -> None:
+        """Let all ranks end as the one that the signal came to."""
+        if number := state.run.ranks.most(self.came or 0):
+            self.told |= self.came is None
+            self.came = signal.Signals(number)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.restore()

@@ -9,6 +9,7 @@ import attrs
 from fntrain.check import whole
 from fntrain.hook import AnyHook, Predicate, hook, stateful
 from fntrain.hooks.checkpoint import Mode
+from fntrain.ranks import agreed
 from fntrain.state import TrainState, remember, stop
 
 _log = logging.getLogger("fntrain")
@@ -48,7 +49,9 @@ def early_stopping(
         raise ValueError(f"min_delta: got {min_delta!r}, expected a number >= 0")
     record = EarlyStopping(metric, mode, whole("patience", patience, 1), min_delta, name)
     start = {"best": None, "step": None, "waited": 0}
-    return stateful(name, start, before_train=_AtStart(record), after_step=record, after_train=_AtEnd(record))
+    return stateful(
+        name, start, before_train=_AtStart(record), after_step=record, after_train=_AtEnd(record), communicates=True
+    )
 
 
 def stop_when(predicate: Predicate, reason: str, *, name: str = "stop_when") -> AnyHook:
@@ -87,9 +90,10 @@ class EarlyStopping:
     name: str
 
     def __call__(self, state: TrainState) -> TrainState | None:
-        if self.metric not in state.metrics:
+        found = agreed(state, self.metric)
+        if found is None:
             return None
-        value, memory = float(state.metrics[self.metric]), state.hooks[self.name]
+        value, memory = float(found), state.hooks[self.name]
         if self._improves(value, memory["best"]):
             return remember(state, self.name, {"best": value, "step": state.step, "waited": 0})
         return self.stopped(remember(state, self.name, {**memory, "waited": memory["waited"] + 1}))

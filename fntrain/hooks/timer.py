@@ -10,10 +10,12 @@ from typing import Any
 import attrs
 
 from fntrain.check import whole
+from fntrain.events import MetricName
 from fntrain.hook import AnyHook, Hook, hook, resource
 from fntrain.state import TrainState
 
 _log = logging.getLogger("fntrain")
+DATA = MetricName("time/data", reduce="max")  # of several ranks the slowest is what all wait for
 
 
 @attrs.frozen
@@ -65,7 +67,7 @@ class _Clock:
     def after_step(self, state: TrainState) -> TrainState:
         now = time.perf_counter()
         step = now - self.begin
-        times = {"time/step": step, "time/data": self.data, "time/total": now - self.end}
+        times = {"time/step": step, DATA: self.data, "time/total": now - self.end}
         self.num_steps += 1
         self.end, self.in_hooks = now, self.num_steps > self.warmup_steps
         if self.in_hooks:

@@ -2,7 +2,10 @@
 
 from fntrain.shell.compile import compile_step
 from fntrain.shell.cuda import cuda_step
+from fntrain.shell.distribute import distribute
 from fntrain.shell.in_place import in_place
+from fntrain.shell.launch import launch
+from fntrain.shell.ranks import ranks
 from fntrain.shell.setup import setup
 
-__all__ = ["compile_step", "cuda_step", "in_place", "setup"]
+__all__ = ["compile_step", "cuda_step", "distribute", "in_place", "launch", "ranks", "setup"]

@@ -25,6 +25,7 @@ from fntrain import tree
 from fntrain.batch import Batch
 from fntrain.check import whole
 from fntrain.lease import FIELDS
+from fntrain.ranks import Ranks
 from fntrain.rng import preserved_generators
 from fntrain.shell.flat import Rates, Unsettled, Untraceable, flatten, shapes
 from fntrain.shell.in_place import InPlace, check_step, in_place
@@ -105,9 +106,9 @@ class CompiledStep:
         self._rates = Rates.of(self.eager.step)
 
     @property
-    def rank(self) -> int:
-        """The rank of the step, for the fold."""
-        return self.eager.rank
+    def ranks(self) -> Ranks:
+        """The processes that do this step together, for the fold."""
+        return self.eager.ranks
 
     def __repr__(self) -> str:
         return f"CompiledStep({type(self.eager.step.model).__name__}, {self.num_compiled + self.num_loaded} programs)"

@@ -22,6 +22,7 @@ from fntrain.errors import GraphError
 from fntrain.events import Histogram, Image
 from fntrain.lease import FIELDS
 from fntrain.precision import LOSS_SCALE, loss_scale
+from fntrain.ranks import Ranks
 from fntrain.rng import other_states
 from fntrain.shell.in_place import InPlace, check_free, check_step, in_place
 from fntrain.shell.kernels import FusedAdam
@@ -139,9 +140,9 @@ class CudaStep:
         self.said: set[str] = set()
 
     @property
-    def rank(self) -> int:
-        """The rank of the step, for the fold."""
-        return self.eager.rank
+    def ranks(self) -> Ranks:
+        """The processes that do this step together, for the fold."""
+        return self.eager.ranks
 
     def __repr__(self) -> str:
         return f"cuda_step({self.eager.step!r}, device={str(self.engine.device)!r}, graph={self.graph!r})"

@@ -22,6 +22,7 @@ from fntrain.errors import StateConsumedError
 from fntrain.lease import FIELDS, Home, Leased
 from fntrain.module import came_or_went, copy_in, is_dense, same_memory
 from fntrain.optim import lr_scale
+from fntrain.ranks import Ranks
 from fntrain.shell.kernels import FusedAdam
 from fntrain.state import TrainState
 from fntrain.step import CHECK_EVERY, SupervisedStep, alike, choose
@@ -122,9 +123,9 @@ class InPlace:
         self.modules = tuple(step.model.modules())
 
     @property
-    def rank(self) -> int:
-        """The rank of the step, for the fold."""
-        return self.step.rank
+    def ranks(self) -> Ranks:
+        """The processes that do this step together, for the fold."""
+        return self.step.ranks
 
     def modes(self) -> Hashable:
         """What a step captured or compiled is fixed to besides shapes: train/eval and gradient flags, autocast."""

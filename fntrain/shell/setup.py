@@ -4,35 +4,51 @@ import json
 import logging
 import os
 import platform
+import random
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from fntrain.config import differences
 from fntrain.errors import ConfigError
+from fntrain.precision import FLOAT32
 from fntrain.shell.remote import RemotePath, place
 
 _log = logging.getLogger("fntrain")
 
 
 def setup(
-    directory: str | os.PathLike[str], *, config: Mapping[str, Any] | None = None, level: int = logging.INFO
+    directory: str | os.PathLike[str],
+    *,
+    config: Mapping[str, Any] | None = None,
+    level: int = logging.INFO,
+    seed: int | None = None,
+    float32_precision: Literal["ieee", "tf32"] | None = None,
 ) -> None:
     """Send the log to the console and to `log.txt` in the run's directory, report the environment, keep the config.
 
     Call it once, from the script. The logger is "fntrain"; calling it again for another directory changes the file.
-    Where the root logger has handlers already, as in some notebooks, the console is left to them.
+    Where the root logger has handlers already, as in some notebooks, the console is left to them. Of several ranks
+    each has a file of its own, `log_rank1.txt` and so on, and the first alone the console and the config; others show
+    warnings.
 
     Args:
       directory: of the run, on the local file system; made if it is not there.
       config: plain values, as of `ft.to_dict(config)`; written to `config.json`, see `keep_config`. `ft.default_hooks`
         does that when the run has begun.
       level: of the log.
+      seed: for the default generators of torch, Python and NumPy (if it is loaded), for first weights. What a step or
+        `ft.data.stream` draws derives from the seed of the state and of the stream alone.
+      float32_precision: how float32 products on a GPU round, for the whole process: "ieee" exactly, "tf32" faster.
+        None leaves torch's switches as they are. It sets torch's newer switches (`torch.backends.cuda.matmul.
+        fp32_precision`); don't use the older `torch.set_float32_matmul_precision` beside it.
     Raises:
       ConfigError: the directory can't be written to.
+      ValueError: an unknown precision.
     Example:
       >>> import tempfile
       >>> with tempfile.TemporaryDirectory() as directory:
@@ -42,20 +58,24 @@ def setup(
 
     Source: detectron2's default_setup
     """
+    if float32_precision not in (None, "ieee", "tf32"):
+        raise ValueError(f"float32_precision: got {float32_precision!r}, expected 'ieee', 'tf32' or None")
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     root = Path(directory)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        file = _File(root / "log.txt", encoding="utf-8")
+        file = _File(root / (f"log_rank{rank}.txt" if rank else "log.txt"), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"output_dir: can't be written to: {error}") from error
     for handler in list(_log.handlers):
         if isinstance(handler, _Console | _File):
             _log.removeHandler(handler)
             handler.close()
-    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    formatter = logging.Formatter(f"%(asctime)s %(levelname)s {f'rank {rank}: ' if rank else ''}%(message)s")
     handlers: list[logging.Handler] = [file]
     if not logging.getLogger().handlers:  # the root logger's show it already
         handlers.append(_Console(sys.stderr))
+        handlers[-1].setLevel(logging.WARNING if rank else logging.NOTSET)
     for handler in handlers:
         handler.setFormatter(formatter)
         _log.addHandler(handler)
@@ -63,8 +83,27 @@ def setup(
     _log.info("command: %s", " ".join(sys.argv))
     for line in environment():
         _log.info(line)
-    if config is not None:
+    if config is not None and rank == 0:
         keep_config(root, config)
+    if seed is not None:
+        seed_all(seed)
+    if float32_precision is not None:
+        for switch in FLOAT32:
+            switch.fp32_precision = float32_precision
+
+
+def seed_all(seed: int) -> None:
+    """Seed the default generators of torch, Python and NumPy (if it is loaded), as scripts do for the first weights.
+
+    Example:
+      >>> seed_all(0)
+      >>> torch.rand(1)
+      tensor([0.4963])
+    """
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed & 0xFFFFFFFF)
 
 
 def environment() -> list[str]:

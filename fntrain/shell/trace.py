@@ -23,7 +23,7 @@ from fntrain.batch import Batch
 from fntrain.optim import BoundOptimizer
 from fntrain.rng import other_states, preserved_generators
 from fntrain.shell.flat import Rates, Unsettled, Untraceable, filler
-from fntrain.step import LR, SKIPPED, SupervisedStep, _report
+from fntrain.step import GRAD_NORM, LR, SKIPPED, SupervisedStep, _report
 
 _ABSENT = object()
 _INNER = re.compile(r"[\\/]torch[\\/](?!optim)|[\\/]shell[\\/]trace\.py$")  # frames that tell a reader nothing
@@ -83,13 +83,13 @@ def _step(
     object.__setattr__(shadow, "slots", attrs.evolve(slots, params=params))
     object.__setattr__(shadow, "bound", bound)
     _place(step_fn, params, buffers)
-    parts = shadow._backward(batch, next(iter(params.values())).device)
+    parts, _ = shadow._backward(batch, next(iter(params.values())).device)
     leaves = shadow._reduced_leaves(parts)
-    metrics = _report(parts)
+    metrics = _report(parts, None)
     metrics[LR] = None
     norm = shadow._norm(leaves)
     if norm is not None:
-        metrics["grad_norm"] = norm
+        metrics[GRAD_NORM] = norm
     healthy = reduce(add, [part.counts for part, _ in parts]) != 0
     if step_fn.on_nonfinite != "allow":
         healthy = (

@@ -1,0 +1,408 @@
+"""launch: run a function in several processes, of one machine or more, or where others have started them already."""
+
+import logging
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+
+from fntrain.check import whole
+from fntrain.errors import LaunchError
+
+_log = logging.getLogger("fntrain")
+PRELOAD = ["torch.distributed", "torch.nn.parallel", "torch.optim", "fntrain", "fntrain.shell.launch"]
+GRACE = 2.0  # seconds that the other ranks have to end by themselves when one has failed
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def launch(
+    fn: Callable[[], object],
+    num_processes: int = 1,
+    *,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    rendezvous: str | None = None,
+    max_restarts: int = 0,
+    timeout: timedelta = timedelta(minutes=30),
+) -> None:
+    """Run a function in several processes that form a process group; returns when all have ended.
+
+    Under torchrun, in a task of SLURM's srun, or where a process group is there already, these processes are the ranks
+    and the function just runs in this one; alone (one process, one machine) it runs here, without a process group. On
+    GPUs each process gets one, by its number on the machine.
+
+    One rank that raises or is killed ends the job within seconds, the others with it. SIGINT, SIGTERM and SIGUSR1 are
+    passed on, for `hooks.on_signal`; a second one kills all.
+
+    Args:
+      fn: function without arguments that can be pickled: defined at the top level of a module, or a partial of one.
+        A script must call launch under `if __name__ == "__main__":`.
+      num_processes: on each machine.
+      num_machines, machine_rank: how many, and which one this is.
+      rendezvous: "host:port" of the machine of rank 0; needed with several machines. The port must be free there.
+      max_restarts: how often a job that failed is started again, by torch's elastic agent; `ft.resume_or` then goes
+        on from the last checkpoint.
+      timeout: of every collective.
+    Raises:
+      ValueError: a number out of range, several machines without a rendezvous.
+      TypeError: the function can't be sent to other processes.
+      LaunchError: a rank failed; the message has its traceback.
+      SystemExit: the ranks ended by a signal, with its status (128 + n).
+    Example:
+      >>> launch(lambda: print("alone"))
+      alone
+
+    Source: detectron2's launch; torch.distributed.elastic
+    """
+    for name, value, low in (
+        ("num_processes", num_processes, 1),
+        ("num_machines", num_machines, 1),
+        ("machine_rank", machine_rank, 0),
+        ("max_restarts", max_restarts, 0),
+    ):
+        whole(name, value, low)
+    if machine_rank >= num_machines:
+        raise ValueError(f"machine_rank: got {machine_rank}, expected less than num_machines={num_machines}")
+    if num_machines > 1 and not re.fullmatch(r".+:\d+", rendezvous or ""):
+        raise ValueError(
+            f'rendezvous: got {rendezvous!r}, expected "host:port" of the first of {num_machines} machines'
+        )
+    if dist.is_available() and dist.is_initialized():
+        fn()
+    elif (place := placed(os.environ)) is not None:
+        with connected(place, timeout=timeout):
+            fn()
+    elif num_processes * num_machines == 1 and not max_restarts:
+        fn()
+    else:
+        _check_pickles(fn)
+        if num_machines > 1 or max_restarts:
+            _launch_elastic(fn, num_processes, num_machines, machine_rank, rendezvous, max_restarts, timeout)
+        else:
+            _Job(fn, num_processes, timeout).run()
+
+
+@attrs.frozen
+class Placed:
+    """Which rank a process is."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    address: str | None  # of rank 0; None: in the environment, as torch reads it
+
+
+def placed(environment: Mapping[str, str]) -> Placed | None:
+    """Read which rank this process is, as torchrun or SLURM say it; None if neither started it.
+
+    Example:
+      >>> placed({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}).rank
+      1
+    """
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        local, many = environment.get("LOCAL_RANK", rank), environment.get("LOCAL_WORLD_SIZE", size)
+        return Placed(rank, size, int(local), int(many), None)
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")  # set by srun, not in the batch script around it
+    if tasks == "1" or "SLURM_PROCID" not in environment:
+        return None
+    first = first_host(environment["SLURM_STEP_NODELIST"])
+    port = environment.get("MASTER_PORT", 20000 + int(environment["SLURM_JOB_ID"]) % 10000)
+    per_node = int(environment["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0].partition(",")[0])
+    rank, local = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
+    return Placed(rank, int(tasks), local, per_node, f"{first}:{port}")
+
+
+def first_host(hosts: str) -> str:
+    """Return the first of SLURM's list of hosts.
+
+    Example:
+      >>> first_host("gpu[07-09,12],login"), first_host("a1,b2")
+      ('gpu07', 'a1')
+    """
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", hosts)
+    if match is None:
+        raise ValueError(f"SLURM_STEP_NODELIST: got {hosts!r}, expected hosts")
+    return "".join(part or "" for part in match.groups())
+
+
+@contextmanager
+def connected(place: Placed, *, timeout: timedelta, store: Any = None) -> Iterator[None]:
+    """Join the process group as this rank, on a GPU of its own where there are enough, and leave it."""
+    many = torch.cuda.device_count()
+    on_gpu = many >= place.local_world_size
+    if on_gpu:
+        torch.cuda.set_device(place.local_rank)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world_size))
+    at: dict[str, Any] = {"store": store} if store is not None else {}
+    if place.address is not None:
+        at["init_method"] = f"tcp://{place.address}"
+    if at:
+        at |= {"rank": place.rank, "world_size": place.world_size}
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, timeout=timeout, **at)
+    try:
+        yield
+    except Exception:
+        if not on_gpu:  # NCCL would wait for ranks that wait for this one
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _check_pickles(fn: Any) -> None:
+    try:
+        pickle.dumps(fn)
+    except Exception as error:
+        raise TypeError(
+            f"fn: can't be sent to other processes: {error}; define it, and the functions of a recipe, at the top "
+            "level of a module or the script, or start the ranks by torchrun"
+        ) from error
+
+
+# -------------------------------------------------------------------------------------------------------- one machine
+
+
+@attrs.frozen
+class Failure:
+    """What a rank says when it raises."""
+
+    rank: int
+    when: float
+    text: str
+
+
+class _Job:
+    """The ranks of one machine, started from here, and what becomes of them."""
+
+    def __init__(self, fn: Callable[[], object], num_processes: int, timeout: timedelta) -> None:
+        self.fn = fn
+        self.num_processes = num_processes
+        self.timeout = timeout
+        self.processes: list[Any] = []
+        self.pipes: list[Connection] = []
+        self.failures: list[Failure] = []
+        self.ended_here: set[int] = set()  # by us, when another had failed
+        self.signals = 0
+
+    def run(self) -> None:
+        context = multiprocessing.get_context("forkserver")  # one process imports torch, the ranks are forked from it
+        context.set_forkserver_preload(PRELOAD)
+        store: Any = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+        try:
+            with self.heeding_signals():
+                for rank in range(self.num_processes):
+                    here, there = context.Pipe()
+                    place = Placed(rank, self.num_processes, rank, self.num_processes, None)
+                    arguments = (self.fn, place, self.timeout, store.port, there)
+                    process = context.Process(target=_rank, args=arguments, name=f"rank {rank}", daemon=False)
+                    process.start()
+                    there.close()
+                    self.processes.append(process)
+                    self.pipes.append(here)
+                self.watch()
+        finally:
+            self.end()
+        self.report()
+
+    def watch(self) -> None:
+        """Wait until all have ended, or one has failed."""
+        left = set(range(self.num_processes))
+        while left and self.signals < 2:
+            wait([self.processes[rank].sentinel for rank in left], timeout=0.2)
+            left = {rank for rank in left if self.processes[rank].exitcode is None}
+            if any(not _fine(process.exitcode) for process in self.processes if process.exitcode is not None):
+                return
+
+    def end(self) -> None:
+        """End those that still run: by SIGTERM, then by SIGKILL; take what they have said."""
+        failed = any(process.exitcode not in (None, 0) for process in self.processes)
+        deadline = time.monotonic() + (GRACE / 4 if failed and self.signals < 2 else 0)  # they fail by themselves
+        self.join(deadline)
+        for stop, seconds in (("terminate", GRACE), ("kill", 10.0)):
+            for rank, process in enumerate(self.processes):
+                if process.exitcode is None and not (stop == "terminate" and self.signals >= 2):
+                    self.ended_here.add(rank)
+                    getattr(process, stop)()
+            self.join(time.monotonic() + (seconds if self.signals < 2 else 10.0 * (stop == "kill")))
+        for pipe in self.pipes:
+            with suppress(EOFError, OSError):
+                while pipe.poll():
+                    self.failures.append(pipe.recv())
+            pipe.close()
+
+    def join(self, deadline: float) -> None:
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+
+    def report(self) -> None:
+        """Raise what the job came to, if not to its end."""
+        codes = [process.exitcode for process in self.processes]
+        told = {failure.rank: failure for failure in self.failures}
+        # The others fail because one did. A rank that was killed can't say so, and was first.
+        ended = [rank for rank, code in enumerate(codes) if not _fine(code)]
+        silent = [rank for rank in ended if rank not in told and rank not in self.ended_here]
+        first = min(told.values(), key=lambda failure: failure.when, default=None)
+        if silent and not self.signals:
+            raise LaunchError(
+                f"rank {silent[0]} of {len(codes)} {_how(codes[silent[0]])} without a word"
+                + "".join(f"\nrank {one.rank} then said: {one.text.splitlines()[-1]}" for one in told.values())
+            )
+        if first is not None and not self.signals:
+            others = [rank for rank in ended if rank != first.rank]
+            ended_too = f"\nranks {others} were ended, or failed after it" if others else ""
+            raise LaunchError(f"rank {first.rank} of {len(codes)} failed:\n{first.text.rstrip()}{ended_too}")
+        if self.signals:
+            asked = [code for code in codes if code is not None and code > 128]
+            raise SystemExit(asked[0] if asked else 128 + self.number)
+        if leaving := [code for code in codes if code]:
+            raise SystemExit(leaving[0])
+
+    number: int = signal.SIGTERM
+
+    @contextmanager
+    def heeding_signals(self) -> Iterator[None]:
+        """Pass signals on to the ranks, through their pipes: they may have got them from the sender, too."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        former = {number: signal.signal(number, self.handle) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def handle(self, number: int, _frame: Any) -> None:
+        self.signals += 1
+        self.number = number
+        for pipe in self.pipes:
+            with suppress(OSError):
+                pipe.send(number)
+
+
+def _fine(code: int | None) -> bool:
+    """Whether a rank has ended as it should: done, or stopped by a signal after it had saved."""
+    return code == 0 or (code is not None and code > 128)
+
+
+def _how(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with status {code}"
+
+
+def _rank(fn: Callable[[], object], place: Placed, timeout: timedelta, port: int, pipe: Connection) -> None:
+    """The main function of a rank's process."""
+    _end_with_parent()
+    threading.Thread(target=_pass_on, args=(pipe,), daemon=True).start()
+    os.environ.update(LOCAL_RANK=str(place.local_rank), LOCAL_WORLD_SIZE=str(place.local_world_size))
+    try:
+        store = dist.TCPStore("127.0.0.1", port, is_master=False)  # type: ignore[attr-defined]
+        with connected(place, timeout=timeout, store=store):
+            fn()
+    except SystemExit as leaving:
+        if leaving.code is None or isinstance(leaving.code, int):
+            raise
+        _say(pipe, place.rank, str(leaving.code))
+        raise SystemExit(1) from leaving
+    except BaseException:
+        _say(pipe, place.rank, traceback.format_exc())
+        sys.stderr.flush()
+        os._exit(1)  # at once: what Python does at the end may wait for ranks that wait for this one
+
+
+def _say(pipe: Connection, rank: int, text: str) -> None:
+    with suppress(OSError):
+        pipe.send(Failure(rank, time.time(), text))
+
+
+def _pass_on(pipe: Connection) -> None:
+    """In a rank: give this process the signals that the launcher got, unless it has got them itself."""
+    from fntrain.hooks.signal import arrived
+
+    with suppress(EOFError, OSError):
+        while True:
+            number = pipe.recv()
+            time.sleep(0.3)
+            if number not in arrived:
+                os.kill(os.getpid(), number)
+
+
+def _end_with_parent() -> None:
+    """In a rank: end at once if the process that launched it is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# ---------------------------------------------------------------------------------- several machines, or started again
+
+
+def _launch_elastic(
+    fn: Callable[[], object],
+    num_processes: int,
+    num_machines: int,
+    machine_rank: int,
+    rendezvous: str | None,
+    max_restarts: int,
+    timeout: timedelta,
+) -> None:
+    """By torch's elastic agent: it starts the ranks of this machine, and all of them again when one has failed."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    config = LaunchConfig(
+        min_nodes=num_machines,
+        max_nodes=num_machines,
+        nproc_per_node=num_processes,
+        run_id=f"fntrain-{rendezvous or os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint=rendezvous or "127.0.0.1:0",
+        rdzv_configs={"is_host": machine_rank == 0},
+        max_restarts=max_restarts,
+        monitor_interval=0.2,
+        start_method="forkserver",
+    )
+    try:
+        elastic_launch(config, _elastic_rank)(fn, timeout)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise LaunchError(f"rank {rank} failed, {max_restarts} restarts done:\n{failure.message}") from error
+
+
+def _elastic_rank(fn: Callable[[], object], timeout: timedelta) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    _end_with_parent()
+
+    @record
+    def run() -> None:
+        place = placed(os.environ)
+        assert place is not None
+        with connected(place, timeout=timeout):
+            fn()
+
+    run()

@@ -1,0 +1,54 @@
+"""The ranks of this process: what `fntrain.ranks` asks, answered by torch.distributed."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fntrain.ranks import ALONE, Ranks
+
+_made: dict[Any, Ranks] = {}
+
+
+class Connected(Ranks):
+    """One of several processes, which talk by a gloo group of their own: no GPU is ever waited for."""
+
+    def __init__(self, group: Any) -> None:
+        super().__init__(rank=dist.get_rank(group), world_size=dist.get_world_size(group))
+        object.__setattr__(self, "group", group)
+
+    group: Any
+
+    def gather(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def most(self, number: int) -> int:
+        flag = torch.tensor(number, dtype=torch.int64)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        return int(flag)
+
+    def barrier(self) -> None:
+        self.most(0)
+
+    def aside(self) -> Ranks:
+        return Connected(dist.new_group(backend="gloo"))
+
+
+def ranks() -> Ranks:
+    """Return the ranks of the process group of this process; alone, if there is none.
+
+    The first call makes a channel between them, so all ranks must come to it.
+
+    Example:
+      >>> ranks().rank, ranks().world_size
+      (0, 1)
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return ALONE
+    world = dist.group.WORLD
+    if world not in _made:
+        _made.clear()  # of a process group that is gone
+        _made[world] = Connected(dist.new_group(backend="gloo"))
+    return _made[world]

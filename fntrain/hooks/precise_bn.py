@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 from itertools import islice
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
-from fntrain import events, gates
+from fntrain import events, gates, tree
 from fntrain.batch import Batch, map_batch
 from fntrain.check import whole
 from fntrain.hook import AnyHook, hook
@@ -50,19 +51,23 @@ class PreciseBN:
             events.collecting(),
         ):
             seed_generators(state.seed, state.step, _USE)
-            for batch in islice(self.data, self.num_batches):
+            ranks = state.run.ranks
+            for batch in islice(self.data, ranks.rank, self.num_batches, ranks.world_size):  # whole ones: shared out
                 self.forward(self.model, map_batch(lambda tensor: tensor.to(device, non_blocking=True), batch))
                 given += 1
+        mine = {name: found[module] for name, module in layers.items() if module in found}
+        if ranks.world_size > 1:
+            theirs = ranks.gather({name: tree.map_tensors(Tensor.cpu, parts) for name, parts in mine.items()})
+            names = dict.fromkeys(name for parts in theirs for name in parts)
+            mine = {name: reduce(_merged, [parts[name] for parts in theirs if name in parts]) for name in names}
+            given = ranks.most(given)
         if not given:
             raise ValueError("precise_bn: the data gave no batch")
         buffers = dict(state.buffers)
-        for name, module in layers.items():
-            if module not in found:
-                continue  # a branch that these forwards did not take
-            count, mean, squares = found[module]
+        for name, (count, mean, squares) in mine.items():  # without those of a branch that these forwards did not take
             old_mean, old_var = buffers[name], buffers[name.removesuffix("mean") + "var"]
-            buffers[name] = mean.to(old_mean.dtype)
-            buffers[name.removesuffix("mean") + "var"] = (squares / max(count - 1, 1)).to(old_var.dtype)
+            buffers[name] = mean.to(old_mean)
+            buffers[name.removesuffix("mean") + "var"] = (squares / max(count - 1, 1)).to(old_var)
         return state.replace(buffers=buffers)
 
 
@@ -81,6 +86,7 @@ def precise_bn(
     The layers' moving averages follow weights that have changed since, and weigh the last batches most. Here the
     weights stand still, and every element of every batch counts the same, in float64; the variance is the unbiased
     one, as in training. Layers that are in eval mode are left alone, and so are generators. List it before `evaluate`.
+    Several ranks share the batches and merge what they measured, in one order: their buffers are equal.
     A run that was stopped between two measurements goes on, when resumed, with the buffers measured where it stopped:
     what it evaluates until the next one is not bitwise that of a run never stopped, nor what hooks make of that.
 
@@ -118,7 +124,7 @@ def precise_bn(
             f"data: got {type(data).__name__}, expected a data set or a re-iterable of batches (it is read many times)"
         )
     record = PreciseBN(model, data, whole("num_batches", num_batches, 1), forward or _forward)
-    return gates.at_end(gates.every(every, hook(after_step=record, name=name)))
+    return gates.at_end(gates.every(every, hook(after_step=record, name=name, communicates=True)))
 
 
 def _forward(model: nn.Module, batch: Batch) -> Any:

@@ -53,11 +53,19 @@ WEIGHT = MetricName("batch_weight", reduce="sum", smooth="sum")  # of this rank'
 
 
 class Exchange(Protocol):
-    """What a step asks of the other ranks, three times: around the forward, before the last backward, after it."""
+    """What a step asks of the other ranks: around each forward, before the last backward, and after it.
+
+    `divides` says whether gradients come out divided, or the step has to.
+    """
+
+    divides: bool
 
     @property
     def ranks(self) -> Ranks:
         """Who they are."""
+
+    def registered(self, params: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Give the parameters that the module has, by those that the step works on."""
 
     def forward(self, model: nn.Module, batch: Batch, last: bool) -> Any:
         """Run model and loss on a micro-batch; in the last one gradients meet."""
@@ -67,6 +75,12 @@ class Exchange(Protocol):
 
     def divide(self, divisor: Tensor | None) -> None:
         """Say what the gradients, added up over ranks, are to be divided by; before the last backward."""
+
+    def finish(self) -> None:
+        """Put the gradients where they belong, after the last backward."""
+
+    def norm(self, norm: Scalar) -> Scalar:
+        """Give the norm of all gradients by that of this rank's."""
 
     def share(self, buffers: Sequence[Tensor]) -> None:
         """Give all ranks the buffers of rank 0."""

@@ -187,8 +187,9 @@ class SupervisedStep:
 
     def check_model(self) -> None:
         """Raise ValueError if a layer was put in after the step was made: it would never be trained."""
-        now = Slots.of(self.model).params
-        if now.keys() != self.slots.params.keys() or any(now[name] is not self.slots.params[name] for name in now):
+        now, known = Slots.of(self.model).params, self.slots.params
+        known = known if self.exchange is None else self.exchange.registered(known)
+        if now.keys() != known.keys() or any(now[name] is not known[name] for name in now):
             raise ValueError(
                 f"model: {type(self.model).__name__} has other parameters than when the step was made; call "
                 "supervised_step after the model is complete"
@@ -210,7 +211,7 @@ class SupervisedStep:
             parts, totals = self._backward(batch, device, None if scale is None else scale["scale"])
         if watched is not None:
             _warn_of_draws(watched, other_states())
-        leaves = self._reduced_leaves(parts, None if scale is None else scale["scale"])
+        leaves = self._reduced_leaves(parts, None if scale is None else scale["scale"], totals)
         metrics = _report(parts, totals)
         if self.exchange is not None:
             self.exchange.share(list(self.slots.buffers.values()))
@@ -258,12 +259,17 @@ class SupervisedStep:
             if last and exchange is not None:
                 totals = Totals.of(exchange, [one for one, _ in parts], device)
             grads.backward(part.total if scale is None else part.total * scale)
+        if exchange is not None and parts:
+            exchange.finish()
         if not parts:
             raise ValueError("split: returned no micro-batch, expected at least one")
         return parts, totals
 
     def _reduced_leaves(
-        self, parts: list[tuple[Objective, Collector]], scale: Tensor | None = None
+        self,
+        parts: list[tuple[Objective, Collector]],
+        scale: Tensor | None = None,
+        totals: "Totals | None" = None,
     ) -> dict[str, Tensor]:
         """The parameters that got a gradient, scale and weights divided out, after `transform_grads`."""
         leaves: dict[str, Tensor] = {name: p for name, p in self.slots.params.items() if p.grad is not None}
@@ -271,8 +277,8 @@ class SupervisedStep:
             raise ValueError("loss_fn: no parameter got a gradient; the loss does not depend on the model")
         if scale is not None:
             unscale_(_grads(leaves), scale)
-        if parts[0][0].divide and self.exchange is None:
-            torch._foreach_div_(_grads(leaves), _total_weight(parts))
+        if parts[0][0].divide and (self.exchange is None or not self.exchange.divides):
+            torch._foreach_div_(_grads(leaves), _total_weight(parts) if totals is None else totals.weight)
         if self.transform_grads is None:
             return leaves
         before = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
@@ -293,7 +299,10 @@ class SupervisedStep:
 
     def _norm(self, leaves: dict[str, Tensor]) -> float | Tensor | None:
         wanted = self.clip_grad_norm is not None or self.on_nonfinite != "allow"
-        return grads.global_norm(_grads(leaves)) if leaves and wanted else None
+        if not leaves or not wanted:
+            return None
+        norm = grads.global_norm(_grads(leaves))
+        return norm if self.exchange is None else self.exchange.norm(norm)
 
     def _healthy(
         self, state: TrainState, loss: Tensor, norm: float | Tensor | None, counts: Tensor | float
@@ -353,6 +362,7 @@ class Totals:
     """What the ranks' parts of a step add up to, in float64."""
 
     loss: Tensor  # divided like the gradients
+    weight: Tensor
     counts: Tensor
 
     @classmethod
@@ -362,7 +372,7 @@ class Totals:
         mine = [_sum([getattr(part, name) for part in parts]) for name in ("total", "weight", "counts")]
         loss, weight, counts = exchange.sums(mine, device)
         exchange.divide(weight if divide else None)
-        return cls(loss / weight if divide else loss, counts)
+        return cls(loss / weight if divide else loss, weight, counts)
 
 
 def _report(parts: list[tuple[Objective, Collector]], totals: Totals | None) -> dict[str, Any]:

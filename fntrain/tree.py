@@ -90,7 +90,7 @@ def copy_into(target: PyTree, source: PyTree) -> bool:
     pairs = list(zip_longest(_walk(target, "", ordered=True), _walk(source, "", ordered=True), fillvalue=("", None)))
     if not all(one[0] == other[0] and _alike(one[1], other[1]) for one, other in pairs):
         return False
-    tensors: list[tuple[Tensor, Tensor]] = [(one[1], other[1]) for one, other in pairs if isinstance(one[1], Tensor)]  # type: ignore[misc]
+    tensors = [(local(one[1]), local(other[1])) for one, other in pairs if isinstance(one[1], Tensor)]
     if {t.untyped_storage().data_ptr() for t, _ in tensors} & {s.untyped_storage().data_ptr() for _, s in tensors}:
         return False
     if tensors:
@@ -108,6 +108,9 @@ def clone_tensors(tensors: list[Tensor]) -> list[Tensor]:
     """
     if not tensors:
         return []
+    if any(local(tensor) is not tensor for tensor in tensors):
+        copies = clone_tensors([local(tensor) for tensor in tensors])
+        return [relocated(tensor, copy) for tensor, copy in zip(tensors, copies, strict=True)]
     with torch.no_grad():
         # torch >= 2.12 has one call for it; before that the same two loops, spelled out.
         if hasattr(torch, "_foreach_clone"):
@@ -148,8 +151,30 @@ def fingerprint(tree: PyTree) -> str:
     return digest.hexdigest()
 
 
+def local(tensor: Any) -> Any:
+    """Return this rank's part of a tensor that is split over ranks (a DTensor), or the tensor itself.
+
+    Example:
+      >>> local(torch.ones(1))
+      tensor([1.])
+    """
+    return tensor._local_tensor if type(tensor) is not Tensor and hasattr(tensor, "_local_tensor") else tensor
+
+
+def relocated(tensor: Any, part: Tensor) -> Any:
+    """Return a tensor split like another one, around another part.
+
+    Example:
+      >>> relocated(torch.ones(1), torch.zeros(1))
+      tensor([0.])
+    """
+    if local(tensor) is tensor:
+        return part
+    return type(tensor)(part, tensor._spec, requires_grad=False)
+
+
 def to_bytes(tensor: Tensor) -> memoryview:
-    r"""View a tensor's values as bytes in logical (C) order; copies only if it is not contiguous on the CPU.
+    r"""View the bytes of a tensor, of one split over ranks its part, in logical (C) order; copies if it must.
 
     Example:
       >>> bytes(to_bytes(torch.tensor([1, 2], dtype=torch.int16)))
@@ -157,6 +182,7 @@ def to_bytes(tensor: Tensor) -> memoryview:
     """
     if tensor.layout is not torch.strided or tensor.is_quantized:
         raise TypeError(f"got a {tensor.layout} tensor, expected a plain dense one; convert it with .to_dense()")
+    tensor = local(tensor)
     flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     array: Any = flat.view(torch.uint8).numpy()
     return memoryview(array)

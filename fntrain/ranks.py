@@ -24,6 +24,7 @@ class Ranks:
     Args:
       rank: this process's number, from 0.
       world_size: number of processes.
+      together: whether each holds a part of the state, so that even a forward needs them all.
     Example:
       >>> ALONE.gather("x"), ALONE.most(3)
       (['x'], 3)
@@ -31,6 +32,7 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
+    together: bool = False
 
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks, in their order."""

@@ -173,6 +173,32 @@ def relocated(tensor: Any, part: Tensor) -> Any:
     return type(tensor)(part, tensor._spec, requires_grad=False)
 
 
+def rows(tensor: Any) -> tuple[int, int]:
+    """Return the first row and the number of rows that this rank holds of a tensor split over ranks.
+
+    Raises:
+      ValueError: it is not split by rows over one group of ranks.
+    """
+    placements, mesh = tensor.placements, tensor.device_mesh
+    if len(placements) != 1 or not placements[0].is_shard(0):
+        raise ValueError(f"got a tensor with placements {placements}, expected one split by rows")
+    size = tensor.shape[0]
+    return min(mesh.get_local_rank() * -(-size // mesh.size()), size), local(tensor).shape[0]
+
+
+def split_like(tensor: Any, other: Tensor) -> Tensor:
+    """Return a whole tensor split over ranks as another one is; as it is, if that one is whole or it is split already.
+
+    Example:
+      >>> split_like(torch.ones(2), torch.zeros(2))
+      tensor([0., 0.])
+    """
+    if local(tensor) is tensor or local(other) is not other or other.shape != tensor.shape:
+        return other
+    start, number = rows(tensor)
+    return relocated(tensor, other.detach()[start : start + number].clone())  # type: ignore[no-any-return]
+
+
 def to_bytes(tensor: Tensor) -> memoryview:
     r"""View the bytes of a tensor, of one split over ranks its part, in logical (C) order; copies if it must.
 

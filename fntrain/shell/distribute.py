@@ -74,7 +74,7 @@ def distribute(
     _check_options(strategy, {**ddp, "compress": compress}, fsdp)
     check_step(step_fn)
     device = next(step_fn.model.parameters()).device
-    here = ranks()
+    here: Any = ranks()
     if sync_batchnorm and here.world_size > 1:
         step_fn = _with_sync_batchnorm(step_fn, device)
     if here.world_size > 1:

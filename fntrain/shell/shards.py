@@ -14,17 +14,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
 
 from fntrain import tree
 from fntrain.batch import Batch
 from fntrain.lease import FIELDS, Home, Leased
-from fntrain.ranks import Ranks
 from fntrain.shell.exchange import Exchanging, ModelAndLoss
 from fntrain.shell.in_place import Before, InPlace
+from fntrain.shell.ranks import Connected
 from fntrain.state import TrainState
 from fntrain.step import SupervisedStep
-from fntrain.tree import PyTree, local, relocated
+from fntrain.tree import PyTree, local, relocated, split_like
 
 Wrap = Callable[[str, nn.Module], bool]
 # Their updates look at each element alone, so a part is updated as in the whole.
@@ -40,7 +39,7 @@ class Shards(Exchanging):
 
     def __init__(
         self,
-        here: Ranks,
+        here: Connected,
         step: SupervisedStep,
         device: torch.device,
         wrap: Wrap | None,
@@ -48,7 +47,7 @@ class Shards(Exchanging):
         reshard_after_forward: bool,
     ) -> None:
         check(step)
-        super().__init__(here)
+        super().__init__(Connected(here.group, together=True))
         self.both = ModelAndLoss(step.model, step.loss_fn)
         self.share([*step.slots.params.values(), *step.slots.buffers.values()])
         for name in step.bound.frozen:
@@ -164,15 +163,7 @@ class ShardedStep(InPlace):
             return value  # a buffer
         whole = self.exchange.params[name]
 
-        def cut(tensor: Tensor) -> Tensor:
-            if isinstance(tensor, DTensor):
-                return tensor.to_local()
-            if tensor.shape != whole.shape:
-                return tensor  # a count
-            start, rows = rows_of(whole)
-            return tensor.detach()[start : start + rows].contiguous()
-
-        return tree.map_tensors(cut, value)
+        return tree.map_tensors(lambda tensor: local(split_like(whole, tensor)), value)
 
     def advanced(self, state: TrainState, changes: dict[str, Any]) -> TrainState:
         """The next state: this memory, on lease, in DTensors."""
@@ -221,17 +212,3 @@ class ShardedStep(InPlace):
                     buffer = owner[key]
                     if buffer is not None:
                         buffer.copy_(kept[f"scratch.{number}"])
-
-
-def rows_of(sharded: Any) -> tuple[int, int]:
-    """First row and number of rows of this rank's part, as torch splits them.
-
-    Raises:
-      ValueError: it is split otherwise.
-    """
-    mesh, [placement] = sharded.device_mesh, sharded.placements
-    if placement != Shard(0) or mesh.ndim != 1:
-        raise ValueError(f"got a tensor split by {sharded.placements}, expected by rows over one mesh")
-    per_rank = -(-sharded.shape[0] // mesh.size())
-    start = min(mesh.get_local_rank() * per_rank, sharded.shape[0])
-    return start, local(sharded).shape[0]

@@ -55,3 +55,56 @@ def test_parts_are_trained_as_the_whole(ranks, size, wrap, loss, accumulate, dty
     assert sum(one["held"] for one in found) == number
     assert sum(one["moments"] for one in found) == number
     assert max(one["held"] for one in found) < 0.7 * number
+
+
+def step_of(strategy, loss="mean", **options):
+    step_fn, state, data = jobs.parts(loss, optimizer=ft.optimizer(torch.optim.AdamW, lr=0.01), **options)
+    return (step_fn if strategy is None else ft.shell.distribute(step_fn, strategy)), state, data
+
+
+def save_and_go_on(directory, strategy, *, until, hooks=()):
+    """Train with a checkpoint at every second step, from whatever is in the directory."""
+    step_fn, state, data = step_of(strategy)
+    own = [ft.hooks.ema(0.5), *hooks]
+    hooks = [*own, ft.hooks.checkpoint(directory, every=2)]
+    final = ft.fit(step_fn, hooks, state=ft.resume_or(state, directory), data=data, max_steps=until)
+    if strategy != "fsdp":
+        return {name: value.clone() for name, value in final.params.items()}
+    return {name: value.full_tensor() for name, value in final.params.items()}
+
+
+def saved_by_hand(directory):
+    step_fn, state, data = step_of("fsdp")
+    final = ft.fit(step_fn, state=state, data=data, max_steps=3)
+    ft.save(final, directory)
+    return {name: value.full_tensor() for name, value in final.params.items()}
+
+
+def test_what_parts_saved_is_read_as_a_whole(ranks, tmp_path):
+    """One process loads what three ranks have saved, each its part: bit for bit."""
+    params = ranks(3)(saved_by_hand, tmp_path)[0]
+    (path,) = ft.shell.checkpoint.checkpoints(tmp_path)
+    loaded = ft.load(path)
+    assert loaded.params.keys() == params.keys()
+    assert all(torch.equal(loaded.params[name], value) for name, value in params.items())
+    assert sorted(file.name for file in path.iterdir()) == sorted(
+        [f"{kind}-rank{rank}.safetensors" for kind in ("model", "train") for rank in range(3)] + ["state.json"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [((3, "fsdp"), (2, "ddp")), ((2, "fsdp"), (1, None)), ((2, "ddp"), (3, "fsdp")), ((3, "fsdp"), (2, "fsdp"))],
+    ids=str,
+)
+def test_a_run_goes_on_with_other_ranks_and_another_strategy(ranks, tmp_path, first, second):
+    """Saved by some ranks, gone on by others: what one process that was never stopped has."""
+    def job(size, strategy, until):
+        call = functools.partial(save_and_go_on, tmp_path, strategy, until=until)
+        return call() if size == 1 else ranks(size)(call)[0]
+
+    job(*first, 4)
+    params = job(*second, 8)
+    alone = save_and_go_on(tmp_path / "alone", None, until=8)
+    for name, value in alone.items():
+        assert (params[name] - value).abs().max() <= 1e-6 * value.abs().max(), name

@@ -23,7 +23,6 @@ from typing import Any
 import attrs
 
 from fntrain.errors import CheckpointError
-from fntrain.ranks import Ranks
 from fntrain.shell.files import MANIFEST, Contents, Written, check_files, write_files, write_manifest, write_tensors
 from fntrain.shell.remote import Place, RemotePath
 from fntrain.shell.tensor_file import fsync
@@ -208,17 +207,16 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def commit(root: Place, contents: Contents, data: Iterable[memoryview], ranks: Ranks | None = None) -> Place:
+def commit(root: Place, contents: Contents, data: Iterable[memoryview]) -> Place:
     """Write a checkpoint and bring it into view once all of it is on the disk; returns its path.
 
-    Of a state that is split over ranks each writes its part, and the first brings it into view when all have; `ranks`
-    is the channel between them, that of `contents` if it is None.
+    Of a state that is split over ranks each writes its part, and the first brings it into view when all have.
 
     Raises:
       CheckpointError: it could not be written; what was in view still is.
     """
     if contents.whole:
-        return _commit_together(root, contents, data, ranks or contents.ranks)
+        return _commit_together(root, contents, data)
     target = root / name_of(contents.step)
     # What a network raises is its library's own: fsspec does not make all of it OSErrors.
     kinds = Exception if isinstance(root, RemotePath) else OSError
@@ -259,9 +257,9 @@ def _publish(partial: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _commit_together(root: Place, contents: Contents, data: Iterable[memoryview], ranks: Ranks) -> Place:
+def _commit_together(root: Place, contents: Contents, data: Iterable[memoryview]) -> Place:
     """Every step is agreed, so that one rank's trouble is all ranks' error and nobody waits for ever."""
-    target = root / name_of(contents.step)
+    target, ranks = root / name_of(contents.step), contents.ranks
     first = ranks.rank == 0
     remote = isinstance(root, RemotePath)
     kinds = Exception if remote else OSError

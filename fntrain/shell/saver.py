@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -63,6 +64,8 @@ class Saver:
         begin = time.perf_counter()
         self.wait()
         contents = Contents.of(state)
+        if contents.whole:
+            contents = attrs.evolve(contents, ranks=self.channel)
         self.steps.add(state.step)
         if self.buffers is None:
             self._commit(contents, map(tree.to_bytes, contents.tensors), then)
@@ -100,7 +103,7 @@ class Saver:
             event.synchronize()
         for save in earlier:
             save.exception()  # what this state remembers of other hooks' saves must be on the disk before it
-        path = commit(self.root, contents, data, self.channel)
+        path = commit(self.root, contents, data)
         _log.info("saved %s in %.3f s", path, time.perf_counter() - begin)
         then()
 

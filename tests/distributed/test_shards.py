@@ -99,6 +99,7 @@ def test_what_parts_saved_is_read_as_a_whole(ranks, tmp_path):
 )
 def test_a_run_goes_on_with_other_ranks_and_another_strategy(ranks, tmp_path, first, second):
     """Saved by some ranks, gone on by others: what one process that was never stopped has."""
+
     def job(size, strategy, until):
         call = functools.partial(save_and_go_on, tmp_path, strategy, until=until)
         return call() if size == 1 else ranks(size)(call)[0]

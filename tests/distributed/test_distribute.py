@@ -2,6 +2,7 @@
 
 import functools
 
+import attrs
 import jobs
 import pytest
 import torch
@@ -49,3 +50,15 @@ def test_settings_for_one_process_are_scaled_to_the_ranks(ranks):
     """With reference_world_size: the linear scaling rule, applied by build."""
     assert ranks(2)(scaled_by_run) == [(8, 0.2, 4, 8)] * 2
     assert scaled_by_run() == (4, 0.1, 8, 4)
+
+
+def with_another_seed_per_rank():
+    step_fn, state, data = jobs.parts()
+    data = attrs.evolve(data, seed=ft.shell.ranks().rank)
+    ft.fit(ft.shell.distribute(step_fn), state=state, data=data, max_steps=1)
+
+
+def test_ranks_whose_data_come_in_another_order_are_refused(ranks):
+    """Their shares would not make up one batch."""
+    with pytest.raises(RuntimeError, match=r"ValueError: data: rank 1 has \{.*'seed': 1.*rank 0 has \{.*'seed': 0"):
+        ranks(2)(with_another_seed_per_rank)

@@ -36,6 +36,7 @@ class Evaluation:
         ranks = state.run.ranks
         with preserved_generators(), bound(self.model, state), _eval_mode(self.model), torch.no_grad():
             device = next(iter(state.params.values())).device
+            seed_generators(state.seed, state.step, _USE)  # a loader that shuffles does so alike on all ranks
             for number, batch in self._share(ranks):
                 seed_generators(state.seed, state.step, _USE, number)
                 if device.type != "cpu":
@@ -62,7 +63,7 @@ class Evaluation:
             loader = self.data
             numbers = range(ranks.rank, len(loader), ranks.world_size)
             size, length = loader.batch_size or 1, len(loader.dataset)  # type: ignore[arg-type]
-            spans: Any = [range(number * size, min((number + 1) * size, length)) for number in numbers]
+            spans: Any = [list(range(number * size, min((number + 1) * size, length))) for number in numbers]
             return zip(
                 numbers, DataLoader(loader.dataset, batch_sampler=spans, num_workers=loader.num_workers), strict=True
             )

@@ -52,7 +52,9 @@ class PreciseBN:
         ):
             seed_generators(state.seed, state.step, _USE)
             ranks = state.run.ranks
-            for batch in islice(self.data, ranks.rank, self.num_batches, ranks.world_size):  # whole ones: shared out
+            batches = islice(enumerate(self.data), ranks.rank, self.num_batches, ranks.world_size)
+            for number, batch in batches:  # whole ones: shared out
+                seed_generators(state.seed, state.step, _USE, number)
                 self.forward(self.model, map_batch(lambda tensor: tensor.to(device, non_blocking=True), batch))
                 given += 1
         mine = {name: found[module] for name, module in layers.items() if module in found}

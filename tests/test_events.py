@@ -109,7 +109,7 @@ def test_micro_batches_without_weight_have_no_say_in_a_mean(weigh):
     """A mean over nothing is nan, and must not make that of the others nan."""
     parts = []
     for value, weight in ((math.nan, 0.0), (1.0, 1.0), (4.0, 3.0)):
-        with events.collecting() as collector:
-            events.put_scalar("x", torch.tensor(value))
+        with collecting() as collector:
+            ft.put_scalar("x", torch.tensor(value))
         parts.append((collector, weigh(weight)))
-    assert float(events.merge(parts)["x"]) == 3.25
+    assert float(merge(parts)["x"]) == 3.25

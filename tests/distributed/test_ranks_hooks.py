@@ -8,6 +8,7 @@ import torch
 
 import fntrain as ft
 from fntrain.errors import ReplicaError
+from fntrain.shell.checkpoint import checkpoints
 
 
 def refused(fn):
@@ -55,7 +56,7 @@ def decided(name, apart, path=None, steps=10):
         hooks[1:] = hooks[:0:-1]
     final = ft.fit(ft.shell.distribute(step_fn), hooks, state=state, data=data, max_steps=steps)
     extra, memory = dict(final.extra), dict(final.hooks)
-    left = sorted(at.name for at in ft.shell.checkpoints(path)) if path else []
+    left = sorted(at.name for at in checkpoints(path)) if path else []
     return {**jobs.summary(final), "extra": extra, "memory": repr(memory), "position": final.position, "left": left}
 
 
@@ -122,6 +123,7 @@ def stopped(rank, where):
     def ask(state):
         if state.run.ranks.rank == rank and (where == "before_train" or state.step == 2):
             return ft.stop(state, "enough")
+        return None
 
     step_fn, state, data = jobs.parts()
     hooks = [ft.hook(**{where: ask}), ft.hooks.check_replicas(every=1)]
@@ -277,6 +279,7 @@ def perturbed(change, rank):
     def harm(state):
         if state.run.ranks.rank == rank and state.step == 2:
             return change(state)
+        return None
 
     step_fn, state, data = jobs.parts(norm=True)
     hooks = [ft.hook(after_step=harm), counter(), ft.hooks.check_replicas(every=2)]
@@ -361,8 +364,7 @@ def test_an_error_of_one_rank_does_not_make_it_wait(ranks):
 
 
 def raising():
-    told, ended = failing(1)
-    raise RuntimeError(told)
+    raise RuntimeError(failing(1)[0])
 
 
 def reported_on_main():

@@ -76,9 +76,10 @@ def evaluation(
 
     It moves batches to the state's device, binds the state's tensors to the module, sets eval mode without gradients,
     and puts buffers, the train/eval flag of every sub-module, and the generators back. Several ranks share the batches
-    of the data, each once, and have bit for bit the result of one process; of a loader of your own each reads all. A
-    hand-written evaluation must bind the state itself, with `ft.bound(model, state)`: the model alone has its first
-    weights when the step is pure.
+    of the data, each once, and have bit for bit the result of one process; of a loader of your own each reads all. All
+    ranks of the run that the state is of must call it. What is drawn, for reading too, is a function of the state and
+    the number of the batch. A hand-written evaluation must bind the state itself, with `ft.bound(model, state)`: the
+    model alone has its first weights when the step is pure.
 
     Args:
       model: the module of the step.

@@ -101,7 +101,7 @@ def _states(
     unseen = False  # whether the state was made by a step and not yielded yet
     try:
         if ranks.world_size > 1:
-            _check_alike(state, singles)
+            _check_alike(state, singles, data)
             data = shared(data, ranks)
         live = [_opened(single, opened) for single in singles]
         batches = Batches(data, [one.hook.wrap_data for one in live if one.hook.wrap_data])
@@ -248,12 +248,13 @@ def _weight(error: BaseException) -> int:
     return 0 if isinstance(error, SystemExit) else 1 if isinstance(error, Exception) else 2
 
 
-def _check_alike(state: TrainState, singles: list[Gated]) -> None:
+def _check_alike(state: TrainState, singles: list[Gated], data: Any) -> None:
     """Refuse ranks that would do different things, and so wait for each other for ever."""
     shared = [single for single in singles if not single.main]
     mine = {
         "max_steps": state.run.max_steps,
         "hooks": [f"{one.hook.name} every {one.every} from {one.first} to {one.last}" for one in shared],
+        **{f"data.{name}": getattr(data, name) for name in ("batch_size", "seed") if hasattr(data, name)},
         **{f"state.{leaf}": tree.brief(value) for leaf, value in named_leaves(state)},
     }
     ranks = state.run.ranks

@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from itertools import chain
 
 import jobs
 import pytest
@@ -402,3 +403,52 @@ def test_alone_it_is_the_step_in_place(ranks):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ranks(1)(jobs.train)[0]["digest"] == jobs.train()["digest"]
+
+
+def weighted_dict(model, batch):
+    logits, mask = model(batch["x"]), batch["mask"] * 1.0
+    losses = nn.functional.cross_entropy(logits, batch["y"], reduction="none")
+    return ft.weighted({"class": (losses * mask).sum(), "size": (logits.square().mean(1) * mask).sum()}, mask.sum())
+
+
+def with_masks(masks, on_nonfinite="skip", accumulate=1):
+    """A step for each row of masks, which say what counts in a batch of 4."""
+    step_fn, state, data = jobs.parts(
+        loss_fn=weighted_dict, dtype=torch.float64, on_nonfinite=on_nonfinite, accumulate=accumulate
+    )
+    step_fn = ft.shell.distribute(step_fn)
+    data = [
+        dict(sample, mask=torch.tensor(mask))
+        for sample, mask in zip(jobs.samples(torch.float64), chain(*masks), strict=False)
+    ]
+    stream = ft.data.stream(data, 4, seed=0, shuffle=False)
+    rows = []
+    note = ft.hook(after_step=lambda state: rows.append(dict(state.metrics)))
+    final = ft.fit(step_fn, [note], state=state, data=stream, max_steps=len(masks))
+    skipped = [bool(row.get("skipped_steps", 0)) for row in rows]
+    return skipped, [float(row["loss"]) for row in rows], jobs.summary(final)
+
+
+MASKS = [[1, 1, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1], [1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("on_nonfinite", ["skip", "raise"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_rank_may_have_no_weight_and_all_may_have_none(ranks, accumulate, on_nonfinite):
+    """The first is a step of the others, the second no step; a dict of losses may share its weight."""
+    found, alone = ranks(2)(with_masks, MASKS, on_nonfinite, accumulate), with_masks(MASKS, on_nonfinite)
+    assert alone[0] == [False, False, True, False, False]
+    for skipped, losses, _ in found:
+        assert skipped == alone[0] and losses == pytest.approx(alone[1], rel=1e-12, nan_ok=True)
+    close([one[2] for one in found], alone[2], 1e-12)
+
+
+def last_state():
+    step_fn, state, data = jobs.parts()
+    return ft.fit(ft.shell.distribute(step_fn), state=state, data=data, max_steps=2)
+
+
+def test_a_state_can_be_sent_elsewhere(ranks):
+    """It belongs to a run of several ranks; where it comes to, it is of none."""
+    first, second = ranks(2)(last_state)
+    assert first == second and first.run.ranks.world_size == 1 and first.run.stop.kind == "done"

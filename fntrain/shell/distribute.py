@@ -59,7 +59,8 @@ def distribute(
       compress: add up gradients as bfloat16 or float16, half the bytes.
       bucket_cap_mb, static_graph, find_unused_parameters: of torch's DistributedDataParallel.
     Raises:
-      ValueError: an unknown strategy or compression; another step runs in place on the model.
+      ValueError: an unknown strategy or compression, or options that torch can't combine; another step runs in place
+        on the model.
       TypeError: the step is none of `ft.supervised_step`.
     Example:
       >>> model = torch.nn.Linear(2, 1)
@@ -75,6 +76,8 @@ def distribute(
     if compress is not None and compress not in _HALF:
         raise ValueError(f"compress: got {compress!r}, expected 'bf16', 'fp16' or None")
     check_step(step_fn)
+    if static_graph and step_fn.accumulate > 1:
+        raise ValueError(f"static_graph: torch has it without micro-batches only, and accumulate={step_fn.accumulate}")
     device = next(step_fn.model.parameters()).device
     here = ranks()
     if sync_batchnorm and here.world_size > 1:

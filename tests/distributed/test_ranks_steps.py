@@ -4,6 +4,7 @@ import functools
 import warnings
 from itertools import chain
 
+import attrs
 import jobs
 import pytest
 import torch
@@ -184,7 +185,7 @@ class Branches(nn.Module):
         return both + use[:, None] * self.heads[1](features) if bool(use.any()) else both
 
 
-def branching(loss_of_mean=True):
+def branching(accumulate):
     """Head 1 is used where a sample is masked, and by nobody at step 2."""
     torch.manual_seed(0)
     model = Branches()
@@ -195,7 +196,7 @@ def branching(loss_of_mean=True):
         return nn.functional.cross_entropy(model(batch["x"], use), batch["y"])
 
     turn = [0]
-    step_fn = ft.supervised_step(model, loss_fn, adam)
+    step_fn = ft.supervised_step(model, loss_fn, adam, accumulate=accumulate)
     state = ft.init_state(model, adam)
     step_fn = ft.shell.distribute(step_fn, find_unused_parameters=True)
     look = ft.hook(after_step=lambda state: turn.__setitem__(0, state.step))
@@ -203,9 +204,10 @@ def branching(loss_of_mean=True):
     return jobs.summary(ft.fit(step_fn, [look], state=state, data=data, max_steps=5))
 
 
-def test_a_parameter_may_be_unused_on_a_rank_or_on_all(ranks):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_parameter_may_be_unused_on_a_rank_or_on_all(ranks, accumulate):
     """With find_unused_parameters, the step is that of one process: unused by all, the optimizer leaves it alone."""
-    close(ranks(2)(branching), branching(), 1e-10)
+    close(ranks(2)(branching, accumulate), branching(1), 1e-10)
 
 
 def doubled(grads):
@@ -372,6 +374,7 @@ def misused():
         lambda: ft.shell.distribute(step_fn, "zero"),
         lambda: ft.shell.distribute(step_fn, compress="int8"),
         lambda: ft.shell.distribute(step_fn, sync_batchnorm=True),
+        lambda: ft.shell.distribute(attrs.evolve(step_fn, accumulate=2), static_graph=True),
     ):
         try:
             call()
@@ -391,6 +394,7 @@ def test_misuse_is_refused_on_all_ranks(ranks):
             "ValueError: strategy: got 'zero', expected",
             "ValueError: compress: got 'int8', expected",
             "ValueError: sync_batchnorm: torch has it on GPUs only",
+            "ValueError: static_graph: torch has it without micro-batches only, and accumulate=2",
         ]
         assert [told[: len(words)] for told, words in zip(found, expected, strict=True)] == expected
 

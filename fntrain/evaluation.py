@@ -63,7 +63,7 @@ class Evaluation:
             loader = self.data
             numbers = range(ranks.rank, len(loader), ranks.world_size)
             size, length = loader.batch_size or 1, len(loader.dataset)  # type: ignore[arg-type]
-            spans: Any = [list(range(number * size, min((number + 1) * size, length))) for number in numbers]
+            spans: Any = (list(range(number * size, min((number + 1) * size, length))) for number in numbers)
             loader = DataLoader(loader.dataset, batch_sampler=spans, num_workers=loader.num_workers)
             return _read(loader, numbers, state)
         return islice(_read(self.data, count(), state), ranks.rank, None, ranks.world_size)

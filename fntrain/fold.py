@@ -263,7 +263,7 @@ def _check_alike(state: TrainState, singles: list[Gated], data: Any) -> None:
     everyone = ranks.gather(mine)
     for name in dict.fromkeys(name for theirs in everyone for name in theirs):
         for rank, theirs in enumerate(everyone):
-            if theirs.get(name) != everyone[0].get(name):
+            if repr(theirs.get(name)) != repr(everyone[0].get(name)):  # nan is nan
                 raise ValueError(
                     f"{name}: rank {rank} has {theirs.get(name)!r}, rank 0 has {everyone[0].get(name)!r}; all ranks "
                     "must start alike: from the same checkpoint, with the same settings and hooks"

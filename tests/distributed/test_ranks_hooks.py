@@ -1,5 +1,6 @@
 """Hooks of several ranks: the same decisions on all, those of one process; nothing waits for ever."""
 
+import copy
 import functools
 
 import jobs
@@ -406,3 +407,57 @@ def test_memory_is_that_of_the_rank_with_most(ranks):
     """Of several ranks it ends the run."""
     found = ranks(2)(peaks)
     assert found[0][1] == [max(own for own, _ in found)]
+
+
+def seldom(state):
+    """Reports on rank 1 only, and not at every step."""
+    if state.run.ranks.rank == 1 and state.step % 2 == 0:
+        return state.replace(metrics={**state.metrics, "x": float(state.step)})
+    return None
+
+
+def decided_seldom(directory):
+    step_fn, state, data = jobs.parts()
+    hooks = [
+        ft.hook(after_step=seldom),
+        ft.hooks.reduce_lr_on_plateau("x", mode="min", patience=0),
+        ft.hooks.early_stopping("x", mode="min", patience=2),
+        ft.hooks.best_checkpoint(directory, "x", mode="max"),
+        ft.hooks.check_replicas(every=1),
+    ]
+    final = ft.fit(ft.shell.distribute(step_fn), hooks, state=state, data=data, max_steps=20)
+    return final.step, repr(dict(final.hooks)), [at.name for at in checkpoints(directory)]
+
+
+def test_hooks_decide_on_what_one_rank_reports_at_some_steps(ranks, tmp_path):
+    """The others are told of it, and of steps without it."""
+    found = ranks(3)(decided_seldom, tmp_path)
+    assert len({memory for _, memory, _ in found}) == 1 and found[0][0] == 6  # reports at 2, 4, 6
+    assert found[0][2] == ["step_00000006"]
+
+
+def left_early():
+    """All ranks leave the loop over states; what they hold is used on."""
+    torch.manual_seed(0)
+    model = jobs.Net(norm=True)
+    sgd = ft.optimizer(torch.optim.SGD, lr=0.1)
+    kept = ft.writers.memory()
+    samples = [{"x": sample["x"]} for sample in jobs.samples(torch.float32)[:9]]
+    test = ft.evaluation(model, lambda model, batch: {"x": model(batch["x"]).mean()}, samples, batch_size=2)
+    hooks = [
+        ft.hooks.ema(0.5),
+        ft.hooks.evaluate(test, every=2, weights="ema"),
+        ft.hooks.write_metrics(kept, every=4),
+        ft.hooks.check_replicas(every=1),
+    ]
+    step_fn = ft.shell.distribute(ft.supervised_step(model, jobs.mean_loss, sgd))
+    for state in ft.states(step_fn, hooks, state=ft.init_state(model, sgd), data=jobs.parts()[2], max_steps=9):
+        if state.step == 3:
+            break
+    return test(state), test(copy.deepcopy(state)), [row.step for row in kept.rows]
+
+
+def test_the_loop_over_states_may_be_left(ranks):
+    """By all ranks; evaluated together or by each alone, the state gives the same."""
+    (first, alone, rows), (second, other, none) = ranks(2)(left_early)
+    assert first == alone == second == other and rows == [2, 3] and none == []

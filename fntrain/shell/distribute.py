@@ -133,9 +133,7 @@ class Replicas:
     ) -> None:
         self.ranks = here
         self.both = _ModelAndLoss(step.model, step.loss_fn)
-        self.dtype = None if compress is None else _HALF[compress]
-        self.divisor: Tensor | None = None
-        self.pending: list[Any] = []
+        self.adding = _Adding(None if compress is None else _HALF[compress])
         frozen = [step.slots.params[name] for name in step.bound.frozen if step.slots.params[name].requires_grad]
         for param in frozen:  # they get no gradient, and must not be waited for
             param.requires_grad_(False)
@@ -150,7 +148,7 @@ class Replicas:
         finally:
             for param in frozen:
                 param.requires_grad_(True)
-        self.ddp.register_comm_hook(self, Replicas.add_up)
+        self.ddp.register_comm_hook(self.adding, _Adding.up)
 
     def forward(self, model: nn.Module, batch: Batch, last: bool) -> Any:
         """Run model and loss; in all but the last micro-batch gradients stay here (torch's `no_sync`)."""
@@ -167,7 +165,7 @@ class Replicas:
 
     def divide(self, divisor: Tensor | None) -> None:
         """Remember what gradients are to be divided by."""
-        self.divisor = divisor
+        self.adding.divisor = divisor
 
     def share(self, buffers: Sequence[Tensor]) -> None:
         """Broadcast the buffers of rank 0, together."""
@@ -175,7 +173,15 @@ class Replicas:
             group: Any = dist.group.WORLD
             dist._broadcast_coalesced(group, [one.detach() for one in buffers], 250 << 20, 0)  # type: ignore[attr-defined]
 
-    def add_up(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+
+class _Adding:
+    """How gradients add up; it does not know the module, which it would keep alive: torch's reducer holds it."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
+        self.divisor: Tensor | None = None
+
+    def up(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         """Add up a bucket of gradients over ranks, divided; torch's own hook divides by the number of ranks here."""
         grads = bucket.buffer()
         if self.divisor is not None:

@@ -1,7 +1,9 @@
 """The step of several ranks with everything a step can have: buffers, skipped steps, groups, precision, options."""
 
 import functools
+import gc
 import warnings
+import weakref
 from itertools import chain
 
 import attrs
@@ -456,3 +458,28 @@ def test_a_state_can_be_sent_elsewhere(ranks):
     """It belongs to a run of several ranks; where it comes to, it is of none."""
     first, second = ranks(2)(last_state)
     assert first == second and first.run.ranks.world_size == 1 and first.run.stop.kind == "done"
+
+
+def outlived():
+    """Whether a model is still there after all that used it is gone; and a second step on one model."""
+    step_fn, state, data = jobs.parts()
+    model = weakref.ref(step_fn.model)
+    ft.fit(ft.shell.distribute(step_fn), state=state, data=data, max_steps=1)
+    del step_fn, state
+    gc.collect()
+    left = model() is not None
+    step_fn, state, data = jobs.parts()
+    for _ in range(2):
+        made = ft.shell.distribute(step_fn)
+        state = ft.fit(made, state=ft.snapshot(state), data=data, max_steps=state.step + 2)
+        state = ft.snapshot(state)
+        del made
+        gc.collect()
+    return left, jobs.summary(state)
+
+
+def test_nothing_of_a_step_outlives_it(ranks):
+    """The model is let go, and another step on the same model goes on where the first one ended."""
+    found, (_, alone) = ranks(2)(outlived), outlived()
+    assert [left for left, _ in found] == [False, False]
+    close([one for _, one in found], alone, 1e-6)

@@ -96,6 +96,12 @@ class Stream:
         """Batches that it takes to see every sample of an epoch once (all that are not dropped)."""
         return steps_per_epoch(len(self.dataset), self.batch_size, drop_last=self.drop_last)
 
+    @property
+    def order(self) -> dict[str, Any]:
+        """What decides which samples a batch has; the same on all ranks of a run, or it would not be one batch."""
+        names = ("batch_size", "seed", "shuffle", "drop_last", "ragged_last")
+        return {"samples": len(self.dataset), **{name: getattr(self, name) for name in names}}
+
     def samples(self, position: int) -> list[Sample]:
         """Return the (epoch, index) pairs of global batch number `position`, over all ranks.
 

@@ -36,16 +36,27 @@ class Evaluation:
         ranks = state.run.ranks
         with preserved_generators(), bound(self.model, state), _eval_mode(self.model), torch.no_grad():
             device = next(iter(state.params.values())).device
+
+            def moved(batch: Batch) -> Batch:
+                return (
+                    map_batch(lambda tensor: tensor.to(device, non_blocking=True), batch)
+                    if device.type != "cpu"
+                    else batch
+                )
+
             for number, batch in self._share(state):
                 seed_generators(state.seed, state.step, _USE, number)
-                if device.type != "cpu":
-                    batch = map_batch(lambda tensor: tensor.to(device, non_blocking=True), batch)
+                batch = moved(batch)
                 with events.collecting():  # what the model reports while evaluating belongs to no step
                     results = self.fn(self.model, batch)
                 if not isinstance(results, Mapping):
                     raise TypeError(f"evaluation: fn returned {type(results).__name__}, expected a dict of metrics")
                 flat = flattened(results)
                 found[number] = {name: _sum_and_weight(name, value, batch) for name, value in flat.items()}
+            if ranks.together:  # the others' forwards need this rank's part
+                for _ in range(ranks.most(len(found)) - len(found)):
+                    with events.collecting():
+                        self.fn(self.model, moved(next(iter(self.data))))
         if ranks.world_size > 1:
             found = {number: parts for theirs in ranks.gather(_on_host(found)) for number, parts in theirs.items()}
         sums: dict[str, list[tuple[Any, Any]]] = {}

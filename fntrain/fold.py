@@ -253,8 +253,8 @@ def _check_alike(state: TrainState, singles: list[Gated], data: Any) -> None:
     shared = [single for single in singles if not single.main]
     mine = {
         "max_steps": state.run.max_steps,
+        "data": getattr(data, "order", None),
         "hooks": [f"{one.hook.name} every {one.every} from {one.first} to {one.last}" for one in shared],
-        **{f"data.{name}": getattr(data, name) for name in ("batch_size", "seed") if hasattr(data, name)},
         **{f"state.{leaf}": tree.brief(value) for leaf, value in named_leaves(state)},
     }
     ranks = state.run.ranks

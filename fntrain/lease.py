@@ -30,12 +30,13 @@ class Home:
     Modules that share some parameters only (heads on one backbone) have homes of their own, which know each other.
     """
 
-    __slots__ = ("__weakref__", "leases", "neighbours", "params", "tenant")
+    __slots__ = ("__weakref__", "binder", "leases", "neighbours", "params", "tenant")
 
     def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
         self.params = {id(param): param for param in params.values()}  # kept, so that their ids stay taken
         self.leases = {field: Lease() for field in FIELDS}
         self.tenant: Any = None  # a weak reference to the step that runs in place
+        self.binder: Any = None  # how a state is lent to a module that is split over ranks
         self.neighbours: WeakSet[Home] = WeakSet(
             home for home in list(_homes.values()) if home.params.keys() & self.params.keys()
         )

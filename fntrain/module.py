@@ -78,6 +78,11 @@ def bound(model: nn.Module, state: TrainState) -> Iterator[nn.Module]:
     """
     slots = Slots.of(model)
     slots.check(state)
+    binder = Home.of(slots.params).binder
+    if binder is not None:
+        with binder(state):
+            yield model
+        return
     lease = slots.lend(*tree.clone((state.params, state.buffers)))
     try:
         yield model

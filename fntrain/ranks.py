@@ -4,7 +4,7 @@ The pure ring only asks it: the shell makes the one that is connected (`ft.shell
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import attrs
@@ -24,6 +24,7 @@ class Ranks:
     Args:
       rank: this process's number, from 0.
       world_size: number of processes.
+      together: whether each holds a part of the state, so that even a forward needs them all.
     Example:
       >>> ALONE.gather("x"), ALONE.most(3)
       (['x'], 3)
@@ -31,6 +32,7 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
+    together: bool = False
 
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks, in their order."""
@@ -53,20 +55,34 @@ WEIGHT = MetricName("batch_weight", reduce="sum", smooth="sum")  # of this rank'
 
 
 class Exchange(Protocol):
-    """What a step asks of the other ranks, three times: around the forward, before the last backward, after it."""
+    """What a step asks of the other ranks: around each forward, before the last backward, and after it.
+
+    `divides` says whether gradients come out divided, or the step has to.
+    """
+
+    divides: bool
 
     @property
     def ranks(self) -> Ranks:
         """Who they are."""
 
+    def registered(self, params: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Give the parameters that the module has, by those that the step works on."""
+
     def forward(self, model: nn.Module, batch: Batch, last: bool) -> Any:
         """Run model and loss on a micro-batch; in the last one gradients meet."""
 
-    def sums(self, numbers: Sequence[Scalar], device: torch.device) -> list[Tensor]:
-        """Add up numbers over ranks, in float64, without waiting for them."""
+    def sums(self, numbers: Sequence[Scalar], device: torch.device) -> Callable[[], list[Tensor]]:
+        """Begin to add up numbers over ranks, in float64; the function returned waits for them."""
 
-    def divide(self, divisor: Tensor | None) -> None:
+    def divide(self, divisor: Callable[[], Tensor] | None) -> None:
         """Say what the gradients, added up over ranks, are to be divided by; before the last backward."""
+
+    def finish(self) -> None:
+        """Put the gradients where they belong, after the last backward."""
+
+    def norm(self, norm: Scalar) -> Scalar:
+        """Give the norm of all gradients by that of this rank's."""
 
     def share(self, buffers: Sequence[Tensor]) -> None:
         """Give all ranks the buffers of rank 0."""

@@ -187,8 +187,9 @@ class SupervisedStep:
 
     def check_model(self) -> None:
         """Raise ValueError if a layer was put in after the step was made: it would never be trained."""
-        now = Slots.of(self.model).params
-        if now.keys() != self.slots.params.keys() or any(now[name] is not self.slots.params[name] for name in now):
+        now, known = Slots.of(self.model).params, self.slots.params
+        known = known if self.exchange is None else self.exchange.registered(known)
+        if now.keys() != known.keys() or any(now[name] is not known[name] for name in now):
             raise ValueError(
                 f"model: {type(self.model).__name__} has other parameters than when the step was made; call "
                 "supervised_step after the model is complete"
@@ -210,7 +211,7 @@ class SupervisedStep:
             parts, totals = self._backward(batch, device, None if scale is None else scale["scale"])
         if watched is not None:
             _warn_of_draws(watched, other_states())
-        leaves = self._reduced_leaves(parts, None if scale is None else scale["scale"])
+        leaves = self._reduced_leaves(parts, None if scale is None else scale["scale"], totals)
         metrics = _report(parts, totals)
         if self.exchange is not None:
             self.exchange.share(list(self.slots.buffers.values()))
@@ -238,7 +239,7 @@ class SupervisedStep:
         denominators = None if self.weights is None else self.weights(batch)
         if exchange is not None and denominators is not None:
             sums = exchange.sums(list(denominators.values()), device)
-            denominators = dict(zip(denominators, sums, strict=True))
+            denominators = dict(zip(denominators, sums(), strict=True))
         micro_batches = [batch] if self.accumulate == 1 else (self.split or split_batch)(batch, self.accumulate)
         parts: list[tuple[Objective, Collector]] = []
         fp32 = self.precision in ("fp32", "tf32")
@@ -256,14 +257,20 @@ class SupervisedStep:
             part = objective(output, micro_batch, alone=alone, denominators=denominators)
             parts.append((part.detached(), collector))
             if last and exchange is not None:
-                totals = Totals.of(exchange, [one for one, _ in parts], device)
+                totals = Totals.begun(exchange, [one for one, _ in parts], device)
             grads.backward(part.total if scale is None else part.total * scale)
+        if exchange is not None and totals is not None:
+            exchange.finish()
+            totals.wait()
         if not parts:
             raise ValueError("split: returned no micro-batch, expected at least one")
         return parts, totals
 
     def _reduced_leaves(
-        self, parts: list[tuple[Objective, Collector]], scale: Tensor | None = None
+        self,
+        parts: list[tuple[Objective, Collector]],
+        scale: Tensor | None = None,
+        totals: "Totals | None" = None,
     ) -> dict[str, Tensor]:
         """The parameters that got a gradient, scale and weights divided out, after `transform_grads`."""
         leaves: dict[str, Tensor] = {name: p for name, p in self.slots.params.items() if p.grad is not None}
@@ -271,8 +278,8 @@ class SupervisedStep:
             raise ValueError("loss_fn: no parameter got a gradient; the loss does not depend on the model")
         if scale is not None:
             unscale_(_grads(leaves), scale)
-        if parts[0][0].divide and self.exchange is None:
-            torch._foreach_div_(_grads(leaves), _total_weight(parts))
+        if parts[0][0].divide and (self.exchange is None or not self.exchange.divides):
+            torch._foreach_div_(_grads(leaves), _total_weight(parts) if totals is None else totals.weight)
         if self.transform_grads is None:
             return leaves
         before = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
@@ -293,7 +300,10 @@ class SupervisedStep:
 
     def _norm(self, leaves: dict[str, Tensor]) -> float | Tensor | None:
         wanted = self.clip_grad_norm is not None or self.on_nonfinite != "allow"
-        return grads.global_norm(_grads(leaves)) if leaves and wanted else None
+        if not leaves or not wanted:
+            return None
+        norm = grads.global_norm(_grads(leaves))
+        return norm if self.exchange is None else self.exchange.norm(norm)
 
     def _healthy(
         self, state: TrainState, loss: Tensor, norm: float | Tensor | None, counts: Tensor | float
@@ -348,21 +358,28 @@ def _total_weight(parts: list[tuple[Objective, Collector]]) -> Any:
     return _sum([part.weight for part, _ in parts])
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class Totals:
     """What the ranks' parts of a step add up to, in float64."""
 
-    loss: Tensor  # divided like the gradients
-    counts: Tensor
+    divide: bool
+    sums: Callable[[], list[Tensor]]
+    loss: Tensor = attrs.field(init=False)  # divided like the gradients
+    weight: Tensor = attrs.field(init=False)
+    counts: Tensor = attrs.field(init=False)
 
     @classmethod
-    def of(cls, exchange: Exchange, parts: list[Objective], device: torch.device) -> "Totals":
-        """Add up what the forwards gave, and let the gradients be divided by it when they meet."""
+    def begun(cls, exchange: Exchange, parts: list[Objective], device: torch.device) -> "Totals":
+        """Begin to add up what the forwards gave, and let the gradients be divided by it when they meet."""
         divide = parts[0].divide
         mine = [_sum([getattr(part, name) for part in parts]) for name in ("total", "weight", "counts")]
-        loss, weight, counts = exchange.sums(mine, device)
-        exchange.divide(weight if divide else None)
-        return cls(loss / weight if divide else loss, counts)
+        sums = exchange.sums(mine, device)
+        exchange.divide((lambda: sums()[1]) if divide else None)
+        return cls(divide, sums)
+
+    def wait(self) -> None:
+        loss, self.weight, self.counts = self.sums()
+        self.loss = loss / self.weight if self.divide else loss
 
 
 def _report(parts: list[tuple[Objective, Collector]], totals: Totals | None) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def copy_into(target: PyTree, source: PyTree) -> bool:
     pairs = list(zip_longest(_walk(target, "", ordered=True), _walk(source, "", ordered=True), fillvalue=("", None)))
     if not all(one[0] == other[0] and _alike(one[1], other[1]) for one, other in pairs):
         return False
-    tensors: list[tuple[Tensor, Tensor]] = [(one[1], other[1]) for one, other in pairs if isinstance(one[1], Tensor)]  # type: ignore[misc]
+    tensors = [(local(one[1]), local(other[1])) for one, other in pairs if isinstance(one[1], Tensor)]
     if {t.untyped_storage().data_ptr() for t, _ in tensors} & {s.untyped_storage().data_ptr() for _, s in tensors}:
         return False
     if tensors:
@@ -108,6 +108,9 @@ def clone_tensors(tensors: list[Tensor]) -> list[Tensor]:
     """
     if not tensors:
         return []
+    if any(local(tensor) is not tensor for tensor in tensors):
+        copies = clone_tensors([local(tensor) for tensor in tensors])
+        return [relocated(tensor, copy) for tensor, copy in zip(tensors, copies, strict=True)]
     with torch.no_grad():
         # torch >= 2.12 has one call for it; before that the same two loops, spelled out.
         if hasattr(torch, "_foreach_clone"):
@@ -148,8 +151,56 @@ def fingerprint(tree: PyTree) -> str:
     return digest.hexdigest()
 
 
+def local(tensor: Any) -> Any:
+    """Return this rank's part of a tensor that is split over ranks (a DTensor), or the tensor itself.
+
+    Example:
+      >>> local(torch.ones(1))
+      tensor([1.])
+    """
+    return tensor._local_tensor if type(tensor) is not Tensor and hasattr(tensor, "_local_tensor") else tensor
+
+
+def relocated(tensor: Any, part: Tensor) -> Any:
+    """Return a tensor split like another one, around another part.
+
+    Example:
+      >>> relocated(torch.ones(1), torch.zeros(1))
+      tensor([0.])
+    """
+    if local(tensor) is tensor:
+        return part
+    return type(tensor)(part, tensor._spec, requires_grad=False)
+
+
+def rows(tensor: Any) -> tuple[int, int]:
+    """Return the first row and the number of rows that this rank holds of a tensor split over ranks.
+
+    Raises:
+      ValueError: it is not split by rows over one group of ranks.
+    """
+    placements, mesh = tensor.placements, tensor.device_mesh
+    if len(placements) != 1 or not placements[0].is_shard(0):
+        raise ValueError(f"got a tensor with placements {placements}, expected one split by rows")
+    size = tensor.shape[0]
+    return min(mesh.get_local_rank() * -(-size // mesh.size()), size), local(tensor).shape[0]
+
+
+def split_like(tensor: Any, other: Tensor) -> Tensor:
+    """Return a whole tensor split over ranks as another one is; as it is, if that one is whole or it is split already.
+
+    Example:
+      >>> split_like(torch.ones(2), torch.zeros(2))
+      tensor([0., 0.])
+    """
+    if local(tensor) is tensor or local(other) is not other or other.shape != tensor.shape:
+        return other
+    start, number = rows(tensor)
+    return relocated(tensor, other.detach()[start : start + number].clone())  # type: ignore[no-any-return]
+
+
 def to_bytes(tensor: Tensor) -> memoryview:
-    r"""View a tensor's values as bytes in logical (C) order; copies only if it is not contiguous on the CPU.
+    r"""View the bytes of a tensor, of one split over ranks its part, in logical (C) order; copies if it must.
 
     Example:
       >>> bytes(to_bytes(torch.tensor([1, 2], dtype=torch.int16)))
@@ -157,13 +208,14 @@ def to_bytes(tensor: Tensor) -> memoryview:
     """
     if tensor.layout is not torch.strided or tensor.is_quantized:
         raise TypeError(f"got a {tensor.layout} tensor, expected a plain dense one; convert it with .to_dense()")
+    tensor = local(tensor)
     flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     array: Any = flat.view(torch.uint8).numpy()
     return memoryview(array)
 
 
 def brief(leaf: Leaf) -> Leaf:
-    """Return what tells a leaf from most others at little cost: of a tensor a text with the sum of its bits.
+    """Return what tells a leaf from most others at little cost: of a whole tensor a text with the sum of its bits.
 
     Cost: reads a tensor once, on its device.
 
@@ -173,6 +225,8 @@ def brief(leaf: Leaf) -> Leaf:
     """
     if not isinstance(leaf, Tensor):
         return leaf
+    if local(leaf) is not leaf:
+        return f"{leaf.dtype} {list(leaf.shape)}"
     real = torch.view_as_real(leaf.detach().resolve_conj()) if leaf.is_complex() else leaf.detach()
     bits = real.contiguous().view(_INTEGERS[real.element_size()]).sum(dtype=torch.int64)
     return f"{leaf.dtype} {list(leaf.shape)} {int(bits)}"

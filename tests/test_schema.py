@@ -16,8 +16,8 @@ from fntrain.__main__ import main
 from fntrain.shell import inspect
 from fntrain.shell.upgrade import SCHEMA, SchemaError
 
-OLD = {1: Path(__file__).parent / "data" / "schema_1" / "step_00000003"}
-DIGESTS = {1: "c11db569a3a13b5b"}  # of the state that was saved, by the version that saved it
+OLD = {number: Path(__file__).parent / "data" / f"schema_{number}" / "step_00000003" for number in (1, 2)}
+DIGESTS = {1: "c11db569a3a13b5b", 2: "c11db569a3a13b5b"}  # of the state that was saved, by the version that saved it
 NAMES = ("model.safetensors", "train.safetensors", "state.json")
 
 
@@ -113,18 +113,23 @@ def test_damage_of_an_old_checkpoint_is_found(old, name):
 
 
 HOSTILE = {
-    "file outside": lambda m: m["headers"].update({"../../x": 5}),
+    "file outside": lambda m: listed(m).update({"../../x": 5}),
     "file that is not listed": lambda m: next(iter(m["tensors"].values())).update(file="other.safetensors"),
-    "no headers": lambda m: m.pop("headers"),
-    "headers a list": lambda m: m.update(headers=[1]),
+    "no files": lambda m: m.pop("headers" if "headers" in m else "files"),
+    "files a list": lambda m: m.update({"headers" if "headers" in m else "files": [1]}),
     "no tensors": lambda m: m.pop("tensors"),
     "huge shape": lambda m: next(iter(m["tensors"].values())).update(shape=[2**62, 2**62]),
-    "unknown name": lambda m: next(iter(m["tensors"].values())).update(name="nobody"),
+    "unknown name": lambda m: next(iter(m["tensors"].values())).update(name="nobody" if "headers" in m else None),
     "schema a float": lambda m: m.update(schema=1.0),
     "schema true": lambda m: m.update(schema=True),
     "schema 0": lambda m: m.update(schema=0),
-    "schema of the next": lambda m: m.update(schema=2),
+    "schema of the next": lambda m: m.update(schema=m["schema"] + 1),
 }
+
+
+def listed(manifest):
+    """What it says of files."""
+    return manifest["headers" if "headers" in manifest else "files"]
 
 
 def reseal(path, change):

@@ -13,7 +13,7 @@ from fntrain import gates
 from fntrain.check import whole
 from fntrain.errors import CheckpointError
 from fntrain.hook import AnyHook, Hook, hook, resource
-from fntrain.ranks import agreed
+from fntrain.ranks import ALONE, agreed
 from fntrain.shell.directory import complete, readable, remove, retain, set_aside, step_of
 from fntrain.shell.files import check_files
 from fntrain.shell.remote import Place, place
@@ -93,14 +93,19 @@ class _Live:
 
     def __init__(self, record: "Checkpoint | BestCheckpoint", stack: ExitStack) -> None:
         self.stack = stack
-        self.opens = Saver(place(record.directory), asynchronous=record.asynchronous)
+        self.directory, self.asynchronous = record.directory, record.asynchronous
         self.saver: Saver | None = None
+        self.first = True  # of the ranks
 
     def open(self, state: TrainState) -> Saver | None:
-        """Take hold of the directory, if this rank saves."""
-        if state.run.ranks.rank == 0:
-            self.saver = self.stack.enter_context(self.opens)
-        return self.saver
+        """Take hold of the directory; returns the one saver that looks after what is there."""
+        ranks = state.run.ranks
+        self.first = ranks.rank == 0
+        if self.first or ranks.together:
+            root = place(self.directory)
+            saver = Saver(root, asynchronous=self.asynchronous, ranks=ranks if ranks.together else ALONE)
+            self.saver = self.stack.enter_context(saver)
+        return self.saver if self.first else None
 
     def watch(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
@@ -118,9 +123,9 @@ class _Live:
     def write(self, state: TrainState, keep: Callable[[list[int]], Collection[int]]) -> None:
         if self.saver is None:
             return
-        step = state.step  # not the state: it would live until it is on the disk
+        step, root = state.step, self.saver.root  # not the state: it would live until it is on the disk
         left = {later for later in self.saver.steps if later > step}  # by a roll-back
-        self.saver.save(state, lambda: retain(self.opens.root, step, keep, left))
+        self.saver.save(state, (lambda: retain(root, step, keep, left)) if self.first else lambda: None)
 
 
 class _Periodic(_Live):

@@ -77,7 +77,9 @@ def averaged(state: TrainState, name: str = "ema") -> TrainState:
         pairs = _paired(current, memory[field])
         if not all(_fits(old, new) for new, old in pairs):
             raise ValueError(f"state.hooks[{name!r}]: averages of another model than state.{field}, by names or shapes")
-        changes[field] = _filled(current, [old.to(new.dtype) for new, old in pairs if old is not None])
+        changes[field] = _filled(
+            current, [tree.split_like(new, old).to(new.dtype) for new, old in pairs if old is not None]
+        )
     return state.replace(**changes)
 
 
@@ -107,7 +109,11 @@ class _Start:
 def _moved(state: TrainState, memory: Mapping[str, Any], weight: float) -> dict[str, Any]:
     """The averages, moved by `weight` towards the state's; copies of what can't be averaged. All in new memory."""
     current = {"params": state.params, "buffers": state.buffers}
-    pairs = _paired(current, memory)
+    kinds = tree.tensors(current)  # of several ranks each averages its part
+    pairs = [
+        (tree.local(new), old if old is None else tree.local(tree.split_like(new, old)))
+        for new, old in _paired(current, memory)
+    ]
     moving = [_fits(old, new) and (new.is_floating_point() or new.is_complex()) for new, old in pairs]
     news = [new.float() if new.dtype in _LOW else new for new, _ in pairs]
     copies = iter(tree.clone_tensors([new for new, moves in zip(news, moving, strict=True) if not moves]))
@@ -115,7 +121,8 @@ def _moved(state: TrainState, memory: Mapping[str, Any], weight: float) -> dict[
     with torch.no_grad():
         towards = [new for new, moves in zip(news, moving, strict=True) if moves]
         means = iter(torch._foreach_lerp(olds, towards, weight) if olds else ())
-    return dict(_filled(current, [next(means if moves else copies) for moves in moving]))
+    averages = [next(means if moves else copies) for moves in moving]
+    return dict(_filled(current, [tree.relocated(kind, one) for kind, one in zip(kinds, averages, strict=True)]))
 
 
 def _paired(current: PyTree, memory: PyTree) -> list[tuple[Tensor, Tensor | None]]:

@@ -223,16 +223,21 @@ def _fitted(loaded: TrainState, like: TrainState, path: Place) -> TrainState:
         laid_out = {}
         for field in ("params", "buffers"):
             have, want = getattr(loaded, field), getattr(like, field)
-            laid_out[field] = {name: torch.empty_like(want[name]).copy_(have[name]) for name in want}
+            laid_out[field] = {name: _laid_out(want[name], have[name]) for name in want}
         return loaded.replace(**laid_out)
     fields: dict[str, Any] = {"params": dict(like.params), "buffers": dict(like.buffers)}
     home.end("ft.resume_or", *FIELDS)
     with torch.no_grad():
         for field, tensors in fields.items():
             for name, tensor in tensors.items():
-                tensor.copy_(getattr(loaded, field)[name])
+                tree.local(tensor).copy_(tree.local(tree.split_like(tensor, getattr(loaded, field)[name])))
     fields["opt_state"] = dict(loaded.opt_state)
     return loaded.replace(**{field: Leased(fields[field], home, field, loaded.step) for field in fields})
+
+
+def _laid_out(want: Tensor, have: Tensor) -> Tensor:
+    part = tree.local(want)
+    return tree.relocated(want, torch.empty_like(part).copy_(tree.local(tree.split_like(want, have))))  # type: ignore[no-any-return]
 
 
 def _differences(field: str, have: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> Iterator[str]:

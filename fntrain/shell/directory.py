@@ -16,13 +16,14 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import attrs
 
 from fntrain.errors import CheckpointError
-from fntrain.shell.files import MANIFEST, Contents, check_files, write_files
+from fntrain.shell.files import MANIFEST, Contents, Written, check_files, write_files, write_manifest, write_tensors
 from fntrain.shell.remote import Place, RemotePath
 from fntrain.shell.tensor_file import fsync
 from fntrain.shell.upgrade import SchemaError
@@ -209,9 +210,13 @@ os.register_at_fork(after_in_child=_forget)
 def commit(root: Place, contents: Contents, data: Iterable[memoryview]) -> Place:
     """Write a checkpoint and bring it into view once all of it is on the disk; returns its path.
 
+    Of a state that is split over ranks each writes its part, and the first brings it into view when all have.
+
     Raises:
       CheckpointError: it could not be written; what was in view still is.
     """
+    if contents.whole:
+        return _commit_together(root, contents, data)
     target = root / name_of(contents.step)
     # What a network raises is its library's own: fsspec does not make all of it OSErrors.
     kinds = Exception if isinstance(root, RemotePath) else OSError
@@ -232,20 +237,73 @@ def commit(root: Place, contents: Contents, data: Iterable[memoryview]) -> Place
 
 def _write_aside(target: Path, contents: Contents, data: Iterable[memoryview]) -> None:
     partial = target.with_name(f".partial-{target.name}-{uuid.uuid4().hex[:8]}")
-    old = target.with_name(target.name + ".old")
     try:
         partial.mkdir()
         write_files(contents, data, partial)
         fsync(partial)
-        with _turn:
-            if target.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                target.rename(old)  # still found, as step_X.old, should the process end here
-            partial.rename(target)
-            fsync(target.parent)
-            shutil.rmtree(old, ignore_errors=True)
+        _publish(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already if it was published
+
+
+def _publish(partial: Path, target: Path) -> None:
+    old = target.with_name(target.name + ".old")
+    with _turn:
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)  # still found, as step_X.old, should the process end here
+        partial.rename(target)
+        fsync(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _commit_together(root: Place, contents: Contents, data: Iterable[memoryview]) -> Place:
+    """Every step is agreed, so that one rank's trouble is all ranks' error and nobody waits for ever."""
+    target, ranks = root / name_of(contents.step), contents.ranks
+    first = ranks.rank == 0
+    remote = isinstance(root, RemotePath)
+    kinds = Exception if remote else OSError
+    token = ranks.gather(uuid.uuid4().hex[:8])[0]  # of this attempt: nothing of another one can get in
+    partial = target if remote else root / f".partial-{target.name}-{token}"
+    mark = f"-rank{ranks.rank}-{token}" if remote else f"-rank{ranks.rank}"
+
+    def agreed(work: Callable[[], Any]) -> list[Any]:
+        done, problem = None, None
+        try:
+            done = work()
+        except (CheckpointError, kinds) as error:
+            problem = f"rank {ranks.rank}: {error}"
+        everyone = ranks.gather((done, problem))
+        if problems := [problem for _, problem in everyone if problem is not None]:
+            raise CheckpointError(
+                f"{target}: could not be written: {'; '.join(problems)}; earlier checkpoints are as they were"
+            )
+        return [done for done, _ in everyone]
+
+    def publish(written: list[Written]) -> None:
+        if isinstance(target, RemotePath):
+            former = [path for path in target.iterdir() if token not in path.name and path.name != MANIFEST]
+            write_manifest(contents, written, target)
+            for path in former:
+                path.remove()
+        else:
+            assert isinstance(partial, Path)
+            write_manifest(contents, written, partial)
+            fsync(partial)
+            _publish(partial, target)
+
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            stack.enter_context(writing(root))
+            if isinstance(partial, Path):
+                partial.mkdir()
+                stack.callback(shutil.rmtree, partial, ignore_errors=True)  # gone already if it was published
+
+        agreed(begin if first else lambda: None)
+        written = agreed(lambda: write_tensors(contents, data, partial, mark))
+        agreed((lambda: publish(written)) if first else lambda: None)
+    return target
 
 
 def _upload(target: RemotePath, contents: Contents, data: Iterable[memoryview]) -> None:

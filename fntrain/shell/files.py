@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fntrain import tree
 from fntrain.errors import CheckpointError
+from fntrain.ranks import ALONE, Ranks
 from fntrain.shell.remote import Place, RemotePath
 from fntrain.shell.tensor_file import DTYPES, PART, Reader, Writer, crc32, crc32_parts, grouped, header, nbytes
 from fntrain.shell.upgrade import SCHEMA, upgraded
@@ -43,14 +44,19 @@ class Contents:
     Args:
       step: of the state.
       structure: the saved fields as JSON, with the dotted path in place of a tensor.
-      entries: by dotted path, in the order of the files: what the manifest says of a tensor.
+      entries: by dotted path, in the order of the files: what the manifest says of a tensor. Of one that is split over
+        ranks, of this rank's part, under its path with the rank's number after an @.
       tensors: in the same order, wherever they lie.
+      whole: by dotted path: what the manifest says of those that are split.
+      ranks: who writes them together; alone if none is split.
     """
 
     step: int
     structure: Any
     entries: dict[str, dict[str, Any]]
     tensors: list[Tensor]
+    whole: dict[str, dict[str, Any]]
+    ranks: Ranks
 
     @classmethod
     def of(cls, state: TrainState) -> "Contents":
@@ -68,7 +74,13 @@ class Contents:
             _check_fields(fields)
         except TypeError as error:
             raise CheckpointError(f"state.{error}") from error
-        found = {leaf: _entry(leaf, tensor) for leaf, tensor in tensors.items()}
+        whole = {leaf: _entry(leaf, value) for leaf, value in tensors.items() if tree.local(value) is not value}
+        ranks = state.run.ranks if whole else ALONE
+        if whole:
+            tensors = {leaf: value for leaf, value in tensors.items() if leaf in whole or ranks.rank == 0}
+        found = {leaf: _entry(leaf, tree.local(tensor)) for leaf, tensor in tensors.items()}
+        for leaf in whole:
+            found[leaf] |= {"of": leaf, "at": _rows(leaf, tensors[leaf], ranks)}
         # Large elements first: every tensor of a file is aligned, so other libraries can map it.
         order = sorted(found, key=lambda leaf: (found[leaf]["file"] == TRAIN, -tensors[leaf].element_size()))
         taken: set[tuple[str, str]] = set()
@@ -79,8 +91,17 @@ class Contents:
                     f"state.{leaf}: the name {key[1]!r} is taken by a parameter or the format; rename one"
                 )
             taken.add(key)
-        entries = {leaf: found[leaf] for leaf in order}
-        return cls(state.step, _encode(fields, ""), entries, [tensors[leaf].detach() for leaf in order])
+        entries = {f"{leaf}@{ranks.rank}" if leaf in whole else leaf: found[leaf] for leaf in order}
+        values = [tree.local(tensors[leaf]).detach() for leaf in order]
+        return cls(state.step, _encode(fields, ""), entries, values, whole, ranks)
+
+
+@attrs.frozen
+class Written:
+    """What the manifest is to say of files: of each file, and of the tensors in them."""
+
+    files: dict[str, dict[str, Any]]
+    entries: dict[str, dict[str, Any]]
 
 
 def write_files(contents: Contents, data: Iterable[memoryview], place: Place, mark: str = "") -> None:
@@ -92,6 +113,11 @@ def write_files(contents: Contents, data: Iterable[memoryview], place: Place, ma
       place: a directory that is there.
       mark: put into the names of the files, where files of an earlier attempt must stay.
     """
+    write_manifest(contents, [write_tensors(contents, data, place, mark)], place)
+
+
+def write_tensors(contents: Contents, data: Iterable[memoryview], place: Place, mark: str = "") -> Written:
+    """Write the files of a checkpoint but for the manifest; see `write_files`."""
     left = iter(data)
     files: dict[str, dict[str, Any]] = {}
     entries: dict[str, dict[str, Any]] = {}
@@ -113,15 +139,27 @@ def write_files(contents: Contents, data: Iterable[memoryview], place: Place, ma
             entries |= mine
     for entry, found in zip(entries.values(), (one for group in sums for one in group.result()), strict=True):
         entry["crc32"] = found
+    return Written(files, entries)
+
+
+def write_manifest(contents: Contents, written: Iterable[Written], place: Place) -> None:
+    """Write the manifest, of what one process has written or several have."""
+    files: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    for one in written:
+        files |= one.files
+        entries |= one.entries
     manifest = {
         "format": "fntrain",
-        "schema": SCHEMA,
+        "schema": SCHEMA if contents.whole else 2,
         "versions": {"torch": torch.__version__},
         "part": PART,
         "state": contents.structure,
         "files": files,
         "tensors": entries,
     }
+    if contents.whole:
+        manifest["whole"] = contents.whole
     text = json.dumps(manifest, allow_nan=False).encode()
     sealed = b'{"crc32": %d, "manifest": %s}' % (crc32(text), text)
     manifest_file = place / MANIFEST
@@ -151,8 +189,8 @@ def read_files(
     manifest = _read_manifest(path)
     tensors = _read_tensors(path, manifest, manifest["tensors"], verify, into=into or {})
     if device is not None and device.type != "cpu":
-        for leaf, entry in manifest["tensors"].items():
-            if "device" in entry and _place(leaf)[0] == TRAIN:
+        for leaf, entry in {**manifest["tensors"], **manifest["whole"]}.items():
+            if leaf in tensors and "device" in entry and _place(leaf)[0] == TRAIN:
                 tensors[leaf] = tensors[leaf].to(device)
     return _decoded(path, manifest, tensors)
 
@@ -174,7 +212,7 @@ def read_model(path: Place) -> dict[str, Tensor]:
     manifest = _read_manifest(path)
     listed = {leaf: entry for leaf, entry in manifest["tensors"].items() if _place(leaf)[0] == MODEL}
     tensors = _read_tensors(path, manifest, listed, "full")
-    return {listed[leaf]["name"]: tensor for leaf, tensor in tensors.items()}
+    return {_place(leaf)[1]: tensor for leaf, tensor in tensors.items()}
 
 
 def _entry(leaf: str, tensor: Tensor) -> dict[str, Any]:
@@ -192,6 +230,20 @@ def _entry(leaf: str, tensor: Tensor) -> dict[str, Any]:
     if tensor.device.type != "cpu":
         entry["device"] = tensor.device.type
     return entry
+
+
+def _rows(leaf: str, tensor: Tensor, ranks: Ranks) -> int:
+    """The first row of this rank's part."""
+    try:
+        start, _ = tree.rows(tensor)
+    except ValueError as error:
+        raise CheckpointError(f"state.{leaf}: {error}") from error
+    if ranks.world_size == 1:
+        raise CheckpointError(
+            f"state.{leaf}: is split over ranks, and the state does not know which: save what ft.fit returned, or its "
+            "hooks got, on all ranks"
+        )
+    return start
 
 
 def _place(leaf: str) -> tuple[str, str]:
@@ -300,9 +352,30 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
         if type(sums) is not list or not _whole(*sums) or len(sums) != max(1, -(-size // part)):
             raise ValueError(f"{leaf!r}: {entry!r}")
         ends[entry["file"]] += size
+    _check_whole(manifest)
     for name, about in files.items():
         if ends[name] != about["bytes"]:
             raise ValueError(f"file {name!r}: its tensors end at {ends[name]}, not at {about['bytes']}")
+
+
+def _check_whole(manifest: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the parts of tensors that were split make them up, row after row."""
+    parts: dict[str, list[tuple[int, int]]] = {leaf: [] for leaf in manifest["whole"]}
+    for name, entry in manifest["tensors"].items():
+        if "of" in entry:
+            whole, shape = manifest["whole"][entry["of"]], entry["shape"]
+            alike = shape and shape[1:] == whole["shape"][1:] and entry["dtype"] == whole["dtype"]
+            if not alike or not _whole(entry["at"]) or name.rpartition("@")[0] != entry["of"]:
+                raise ValueError(f"{name!r}: {entry!r} is no part of {whole!r}")
+            parts[entry["of"]].append((entry["at"], shape[0]))
+    for leaf, spans in parts.items():
+        at = 0
+        for start, number in sorted(spans):
+            if start != at:
+                raise ValueError(f"{leaf!r}: rows {at} to {start} are missing")
+            at += number
+        if at != manifest["whole"][leaf]["shape"][0]:
+            raise ValueError(f"{leaf!r}: rows from {at} on are missing")
 
 
 def _whole(*numbers: Any) -> bool:
@@ -359,8 +432,13 @@ def _read_tensors(
                 start, length = ends[entry["file"]], nbytes(entry["dtype"], entry["shape"])
                 ends[entry["file"]] += length
                 if leaf in listed:
-                    tensors[leaf] = tensor = _empty(entry, into.get(leaf), keep)
-                    view = tree.to_bytes(tensor) if keep else None
+                    name = entry.get("of", leaf)
+                    if name not in tensors:
+                        tensors[name] = _empty(manifest["whole"].get(name, entry), into.get(name), keep)
+                    view = tree.to_bytes(tensors[name]) if keep else None
+                    if view is not None and "of" in entry:
+                        first = entry["at"] * nbytes(entry["dtype"], entry["shape"][1:])
+                        view = view[first : first + length]
                     for index, crc in enumerate(entry["crc32"]):
                         at = index * manifest["part"]
                         count = min(manifest["part"], length - at)
@@ -372,7 +450,8 @@ def _read_tensors(
         raise CheckpointError(f"{error.filename}: no such file") from error
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error}") from error
-    return {leaf: _laid_out(path, leaf, listed[leaf], tensor, into.get(leaf)) for leaf, tensor in tensors.items()}
+    about = {**listed, **manifest["whole"]}
+    return {leaf: _laid_out(path, leaf, about[leaf], tensor, into.get(leaf)) for leaf, tensor in tensors.items()}
 
 
 def _check_head(reader: Reader, about: Mapping[str, int]) -> int:

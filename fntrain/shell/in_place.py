@@ -245,9 +245,9 @@ class InPlace:
         if self.memory is None:
             self.memory = _storages({"params": self.params, "buffers": self.buffers, "opt_state": self.opt_state})
         memory = self.memory
-        if memory.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in tensors):
+        if memory.isdisjoint(_storages(tensors)):
             return state
-        return state.replace(**tree.map_tensors(lambda t: t.detach().clone() if memory & _storages(t) else t, kept))
+        return state.replace(**tree.map_tensors(lambda t: tree.clone(t) if memory & _storages(t) else t, kept))
 
     def begin(self) -> "Before":
         """No gradients, frozen parameters asking for none; copies of the buffers, which the forward may write to."""
@@ -408,7 +408,7 @@ def _is(theirs: Any, own: Any) -> bool:
 
 
 def _storages(tensors: PyTree) -> set[int]:
-    return {tensor.untyped_storage().data_ptr() for tensor in tree.tensors(tensors)}
+    return {tree.local(tensor).untyped_storage().data_ptr() for tensor in tree.tensors(tensors)}
 
 
 @attrs.frozen(eq=False)

@@ -13,8 +13,8 @@ _made: dict[Any, Ranks] = {}
 class Connected(Ranks):
     """One of several processes, which talk by a gloo group of their own: no GPU is ever waited for."""
 
-    def __init__(self, group: Any) -> None:
-        super().__init__(rank=dist.get_rank(group), world_size=dist.get_world_size(group))
+    def __init__(self, group: Any, *, together: bool = False) -> None:
+        super().__init__(rank=dist.get_rank(group), world_size=dist.get_world_size(group), together=together)
         object.__setattr__(self, "group", group)
 
     group: Any
@@ -36,7 +36,7 @@ class Connected(Ranks):
         self.most(0)
 
     def aside(self) -> Ranks:
-        return Connected(dist.new_group(backend="gloo"))
+        return Connected(dist.new_group(backend="gloo"), together=self.together)
 
 
 def ranks() -> Ranks:

@@ -8,10 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
 from fntrain import tree
+from fntrain.ranks import ALONE, Ranks
 from fntrain.shell.directory import clean, commit, writing
 from fntrain.shell.files import Contents
 from fntrain.shell.remote import Place, RemotePath
@@ -29,19 +31,23 @@ class Saver:
       root: the directory.
       asynchronous: save in a thread. At most one save is under way: the next waits for it. What goes wrong there is
         raised by the next call of `save`, `check` or `wait`.
+      ranks: who saves together, each its part; the first holds the directory.
     """
 
-    def __init__(self, root: Place, *, asynchronous: bool = True) -> None:
+    def __init__(self, root: Place, *, asynchronous: bool = True, ranks: Ranks = ALONE) -> None:
         self.root = root if isinstance(root, RemotePath) else root.absolute()  # a chdir while it is open moves nothing
         self.buffers = HostBuffers() if asynchronous else None
+        self.ranks = ranks
         self.pending: Future[None] | None = None
         self.steps: set[int] = set()  # of all saves
         self.stack = ExitStack()
 
     def __enter__(self) -> "Saver":
         with self.stack:
-            self.stack.enter_context(writing(self.root, alone=True))
-            clean(self.root)
+            if self.ranks.rank == 0:
+                self.stack.enter_context(writing(self.root, alone=True))
+                clean(self.root)
+            self.channel = self.ranks.aside()
             self.thread = ThreadPoolExecutor(1, thread_name_prefix="fntrain-checkpoint")  # starts with the first save
             self.stack = self.stack.pop_all()
         _open.add(self)
@@ -58,6 +64,8 @@ class Saver:
         begin = time.perf_counter()
         self.wait()
         contents = Contents.of(state)
+        if contents.whole:
+            contents = attrs.evolve(contents, ranks=self.channel)
         self.steps.add(state.step)
         if self.buffers is None:
             self._commit(contents, map(tree.to_bytes, contents.tensors), then)

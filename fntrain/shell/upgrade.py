@@ -1,6 +1,7 @@
 """Manifests of past versions, brought to the form of this one; the tests keep a checkpoint of each.
 
 Schema 1 had one crc32 for a whole tensor, tensors in the order of the state, and of a file only its header's crc32.
+Schema 2 had no tensors that are split over ranks; a checkpoint without any is still written as one of it.
 """
 
 import json
@@ -11,7 +12,7 @@ from fntrain.errors import CheckpointError
 from fntrain.shell.remote import Place
 from fntrain.shell.tensor_file import Reader, crc32
 
-SCHEMA = 2
+SCHEMA = 3
 Manifest = dict[str, Any]
 
 
@@ -70,4 +71,8 @@ def _from_1(manifest: Manifest, path: Place) -> Manifest:
     }
 
 
-_UPGRADES: dict[int, Callable[[Manifest, Place], Manifest]] = {1: _from_1}
+def _from_2(manifest: Manifest, _path: Place) -> Manifest:
+    return manifest | {"schema": 3, "whole": {}}
+
+
+_UPGRADES: dict[int, Callable[[Manifest, Place], Manifest]] = {1: _from_1, 2: _from_2}

@@ -229,7 +229,7 @@ def nothing_else(_):
         (other_step, "state.step: rank 1 has 1, rank 0 has 0"),
         (other_params, "state.params.layers.2.bias: rank 1 has 'torch.float32 [3] "),
         (other_buffers, "state.buffers.layers.1.num_batches_tracked: rank 1 has 'torch.int64 [] 1', rank 0 has"),
-        (other_batches, "data.batch_size: rank 1 has 5, rank 0 has 11"),
+        (other_batches, "data: rank 1 has {'samples': 37, 'batch_size': 5, "),
         (other_extra, "state.extra.note: rank 1 has 1, rank 0 has None"),
     ],
 )

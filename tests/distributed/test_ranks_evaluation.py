@@ -155,6 +155,32 @@ def test_a_run_writes_the_evaluations_of_one_process(ranks):
     assert [step for step, value in alone[1] if value is not None] == [2, 4, 5]
 
 
+class Telling(jobs.Net):
+    """Reports from its forward."""
+
+    def forward(self, x):
+        ft.put_scalar("size", x.abs().mean())
+        return super().forward(x)
+
+
+def evaluated_in_parts(strategy):
+    """An evaluation of 13 samples in 4 batches by 3 ranks, of a model that reports; two ranks have one batch less."""
+    torch.manual_seed(0)
+    model = Telling()
+    sgd = ft.optimizer(torch.optim.SGD, lr=0.0)
+    step_fn = ft.supervised_step(model, jobs.mean_loss, sgd)
+    state = ft.init_state(model, sgd)
+    test = ft.evaluation(model, lambda model, batch: {"x": model(batch["x"]).mean()}, Samples(13), batch_size=4)
+    hooks = [ft.hooks.evaluate(test, every=2)]
+    final = ft.fit(ft.shell.distribute(step_fn, strategy), hooks, state=state, data=jobs.parts()[2], max_steps=2)
+    return final.metrics["eval/x"]
+
+
+def test_ranks_that_hold_parts_evaluate_together(ranks):
+    """Those without a batch left help the others, and what the model reports then belongs to no step."""
+    assert ranks(3)(evaluated_in_parts, "fsdp") == [evaluated_in_parts("ddp")] * 3
+
+
 class Deep(nn.Module):
     """Two layers of BatchNorm, and dropout before the second."""
 

@@ -38,13 +38,15 @@ def reporting(loss):
     return loss_fn
 
 
-def fitted(loss="mean", hooks=(), *, max_steps=7, every=3, window=2, smoothing="median", report=True, **options):
+def fitted(
+    loss="mean", hooks=(), *, max_steps=7, every=3, window=2, smoothing="median", report=True, strategy="ddp", **options
+):
     """Train; return what was written by this process, the exchanges per step, and a summary of the last state."""
     loss_fn = reporting(loss) if report else None
     step_fn, state, data = jobs.parts(loss, loss_fn=loss_fn, dtype=torch.float64, **options)
     kept, opened = ft.writers.memory(), []
     final = ft.fit(
-        ft.shell.distribute(step_fn),
+        ft.shell.distribute(step_fn, strategy),
         [*hooks, ft.hooks.write_metrics([kept, Opening(opened)], every=every, window=window, smoothing=smoothing)],
         state=state,
         data=data,
@@ -113,6 +115,14 @@ def test_windows_and_smoothing_are_those_of_one_process(ranks, smoothing, window
     """Whatever stands for the values of a period."""
     found = ranks(2)(functools.partial(fitted, "masked", smoothing=smoothing, window=window))
     alone = fitted("masked", smoothing=smoothing, window=window)
+    same(found, alone)
+    exact(found, alone)
+
+
+@pytest.mark.parametrize("loss", jobs.LOSSES)
+def test_ranks_that_hold_parts_write_the_same(ranks, loss):
+    """With strategy="fsdp" too."""
+    found, alone = ranks(2)(functools.partial(fitted, loss, strategy="fsdp")), fitted(loss)
     same(found, alone)
     exact(found, alone)
 

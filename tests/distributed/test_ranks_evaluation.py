@@ -194,12 +194,12 @@ class Deep(nn.Module):
         return self.layers(x)
 
 
-def population(size, batch_size, num_batches=200, kind="own"):
+def population(size, batch_size, num_batches=200, kind="own", strategy="ddp"):
     """The buffers after precise_bn, and a reference of the first layer in float64."""
     torch.manual_seed(0)
     model = Deep()
     sgd = ft.optimizer(torch.optim.SGD, lr=0.1)
-    step_fn = ft.shell.distribute(ft.supervised_step(model, jobs.mean_loss, sgd))
+    step_fn = ft.shell.distribute(ft.supervised_step(model, jobs.mean_loss, sgd), strategy)
     samples = Samples(size)
     data = [sample["x"] for sample in samples]
     if kind == "shuffled":
@@ -226,6 +226,13 @@ def test_precise_statistics_are_those_of_one_process(ranks, size, batch_size, nu
         for name, reference in (("layers.0.running_mean", mean), ("layers.0.running_var", var)):
             assert torch.allclose(buffers[name].double(), reference, rtol=1e-6, atol=1e-7)
             assert torch.allclose(buffers[name], alone[name], rtol=1e-6, atol=1e-7)
+
+
+def test_ranks_that_hold_parts_measure_together(ranks):
+    """5 batches for 3 ranks: one of them helps the others with a forward that is not measured."""
+    for buffers, mean, var in ranks(3)(functools.partial(population, 19, 4, strategy="fsdp")):
+        assert torch.allclose(buffers["layers.0.running_mean"].double(), mean, rtol=1e-6, atol=1e-7)
+        assert torch.allclose(buffers["layers.0.running_var"].double(), var, rtol=1e-6, atol=1e-7)
 
 
 def untrained(size):

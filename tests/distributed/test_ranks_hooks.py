@@ -45,7 +45,7 @@ DECIDING = {
 }
 
 
-def decided(name, apart, path=None, steps=10):
+def decided(name, apart, path=None, steps=10, strategy="ddp"):
     """Train with a hook that decides; what it remembers, and where the run ended."""
     step_fn, state, data = jobs.parts(dtype=torch.float64)
     hooks = [
@@ -55,7 +55,7 @@ def decided(name, apart, path=None, steps=10):
     ]
     if name in ("best_checkpoint", "keep_best"):
         hooks[1:] = hooks[:0:-1]
-    final = ft.fit(ft.shell.distribute(step_fn), hooks, state=state, data=data, max_steps=steps)
+    final = ft.fit(ft.shell.distribute(step_fn, strategy), hooks, state=state, data=data, max_steps=steps)
     extra, memory = dict(final.extra), dict(final.hooks)
     left = sorted(at.name for at in checkpoints(path)) if path else []
     return {**jobs.summary(final), "extra": extra, "memory": repr(memory), "position": final.position, "left": left}
@@ -74,6 +74,20 @@ def test_hooks_decide_as_in_one_process(ranks, tmp_path, name, apart):
         }
         if apart == 0.0 and name != "rollback_on_spike":
             assert one["memory"] == alone["memory"]
+
+
+def decided_in_parts(name, apart, path):
+    return {**decided(name, apart, path, strategy="fsdp"), "params": None, "buffers": None, "digest": None}
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_hooks_of_ranks_that_hold_parts_decide_the_same(ranks, tmp_path, name):
+    """With strategy="fsdp", where each saves and keeps its own part."""
+    paths = [tmp_path / "ranks", tmp_path / "alone"] if name in ("best_checkpoint", "keep_best") else [None, None]
+    found, alone = ranks(2)(decided_in_parts, name, 20.0, paths[0]), decided(name, 20.0, paths[1])
+    for one in found:
+        for key in ("step", "position", "extra", "left", "stop"):
+            assert one[key] == alone[key], key
 
 
 def deaf(apart):

@@ -46,15 +46,21 @@ class PreciseBN:
         with (
             preserved_generators(),
             bound(self.model, state),
-            _measuring(layers.values()) as found,
             torch.no_grad(),
             events.collecting(),
         ):
             seed_generators(state.seed, state.step, _USE)
             ranks = state.run.ranks
-            for batch in islice(self.data, ranks.rank, self.num_batches, ranks.world_size):  # whole ones: shared out
-                self.forward(self.model, map_batch(lambda tensor: tensor.to(device, non_blocking=True), batch))
-                given += 1
+            batches = islice(enumerate(self.data), ranks.rank, self.num_batches, ranks.world_size)
+            with _measuring(layers.values()) as found:
+                for number, batch in batches:  # whole ones: shared out
+                    seed_generators(state.seed, state.step, _USE, number)
+                    self.forward(self.model, map_batch(lambda tensor: tensor.to(device, non_blocking=True), batch))
+                    given += 1
+            if ranks.together:  # the others' forwards need this rank's part
+                for _ in range(ranks.most(given) - given):
+                    batch = next(iter(self.data))
+                    self.forward(self.model, map_batch(lambda tensor: tensor.to(device, non_blocking=True), batch))
         mine = {name: found[module] for name, module in layers.items() if module in found}
         if ranks.world_size > 1:
             theirs = ranks.gather({name: tree.map_tensors(Tensor.cpu, parts) for name, parts in mine.items()})

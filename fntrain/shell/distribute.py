@@ -56,8 +56,8 @@ def distribute(
       mixed_precision: "fsdp": gather and compute in this dtype, add up gradients in float32.
       reshard_after_forward: "fsdp": drop gathered parameters between forward and backward; False keeps them.
     Raises:
-      ValueError: an unknown strategy, or an option that it does not have; another step runs in place on the model;
-        "fsdp" with an optimizer that is not elementwise, or with transform_grads.
+      ValueError: an unknown strategy, or an option that it does not have; static_graph with micro-batches; another
+        step runs in place on the model; "fsdp" with an optimizer that is not elementwise, or with transform_grads.
       TypeError: the step is none of `ft.supervised_step`.
     Example:
       >>> model = torch.nn.Linear(2, 1)
@@ -73,6 +73,8 @@ def distribute(
     fsdp = {"wrap": wrap, "mixed_precision": mixed_precision, "reshard_after_forward": reshard_after_forward}
     _check_options(strategy, {**ddp, "compress": compress}, fsdp)
     check_step(step_fn)
+    if static_graph and step_fn.accumulate > 1:
+        raise ValueError(f"static_graph: torch has it without micro-batches only, and accumulate={step_fn.accumulate}")
     device = next(step_fn.model.parameters()).device
     here: Any = ranks()
     if sync_batchnorm and here.world_size > 1:

@@ -102,8 +102,7 @@ class Replicas(Exchanging):
     ) -> None:
         super().__init__(here)
         self.both = ModelAndLoss(step.model, step.loss_fn)
-        self.dtype = None if compress is None else HALF[compress]
-        self.divisor: Callable[[], Tensor] | None = None
+        self.adding = _Adding(None if compress is None else HALF[compress])
         frozen = [step.slots.params[name] for name in step.bound.frozen if step.slots.params[name].requires_grad]
         for param in frozen:  # they get no gradient, and must not be waited for
             param.requires_grad_(False)
@@ -118,7 +117,7 @@ class Replicas(Exchanging):
         finally:
             for param in frozen:
                 param.requires_grad_(True)
-        self.ddp.register_comm_hook(self, Replicas.add_up)
+        self.ddp.register_comm_hook(self.adding, _Adding.up)
 
     def forward(self, model: nn.Module, batch: Batch, last: bool) -> Any:
         """Run model and loss; in all but the last micro-batch gradients stay here (torch's `no_sync`)."""
@@ -128,9 +127,17 @@ class Replicas(Exchanging):
 
     def divide(self, divisor: Callable[[], Tensor] | None) -> None:
         """Remember what gradients are to be divided by."""
-        self.divisor = divisor
+        self.adding.divisor = divisor
 
-    def add_up(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+
+class _Adding:
+    """How gradients add up; it does not know the module, which it would keep alive: torch's reducer holds it."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
+        self.divisor: Callable[[], Tensor] | None = None
+
+    def up(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         """Add up a bucket of gradients over ranks, divided; torch's own hook divides by the number of ranks here."""
         grads = bucket.buffer()
         if self.divisor is not None:

@@ -19,6 +19,9 @@ class Connected(Ranks):
 
     group: Any
 
+    def __reduce__(self) -> Any:
+        return Ranks, ()  # in a copy of a state, or in another process, it is none of them
+
     def gather(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.world_size
         dist.all_gather_object(found, value, group=self.group)

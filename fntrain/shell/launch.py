@@ -356,7 +356,7 @@ def _rank(
 
 @contextmanager
 def _telling(pipe: Connection, rank: int) -> Iterator[None]:
-    """Tell the launcher of an error and end at once: what Python does in the end may wait for others that wait for us."""
+    """Tell the launcher of an error and end at once: what Python does in the end may wait for ranks that wait too."""
     try:
         yield
     except SystemExit as leaving:

@@ -422,6 +422,8 @@ def _launch_elastic(
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     asked = _forkserver().Value("i", 0, lock=False)
+    # With the agents' store shared, torch 2.13 tells a machine that comes back no address, and all wait for ever.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
     def handle(number: int, _frame: Any) -> None:
         if asked.value or not multiprocessing.active_children():

@@ -391,15 +391,13 @@ def test_main_starts_the_ranks_of_a_script(tmp_path):
 
 OURS = ("launched.py", "held", "{directory}", "num_machines=2", "num_processes=1", "max_restarts=2")
 AGENTS = {
-    "ours": [(*OURS, "machine_rank={machine}", "rendezvous=127.0.0.1:{port}")] * 2,
-    "torchrun": [
-        (
-            *("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2"),
-            *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:{port}", "--rdzv-id", "one"),
-            *("launched.py", "held", "{directory}"),
-        )
-    ]
-    * 2,
+    "ours": (*OURS, "machine_rank={machine}", "rendezvous=127.0.0.1:{port}"),
+    "torchrun": (
+        *("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:{port}", "--rdzv-id", "one"),
+        *("--rdzv-conf", "is_host={host}"),
+        *("launched.py", "held", "{directory}"),
+    ),
 }
 
 
@@ -409,7 +407,9 @@ def test_of_two_machines_one_is_killed_and_comes_back(tmp_path, undisturbed, kin
     values = {"directory": tmp_path, "port": free_port()}
 
     def agent(machine):
-        return started(*(part.format(machine=machine, **values) for part in AGENTS[kind][machine]))
+        host = machine == 0
+        command = [part.format(machine=machine, host=host, **values) for part in AGENTS[kind]]
+        return started(*command, environment={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
 
     with ExitStack() as stack:
         first = stack.enter_context(agent(0))

@@ -24,8 +24,8 @@ from fntrain.check import whole
 from fntrain.errors import LaunchError
 
 _log = logging.getLogger("fntrain")
-PRELOAD = ["fntrain.shell.forkserver", "torch.distributed", "torch.nn.parallel", "torch.optim", "fntrain"]
-PRELOAD += ["fntrain.shell.launch"]
+# torch._dynamo is what DistributedDataParallel and optimizers import when they are first used, 800 modules.
+PRELOAD = ["fntrain.shell.forkserver", "torch._dynamo", "torch.nn.parallel", "fntrain", "fntrain.shell.launch"]
 GRACE = 2.0  # seconds that the other ranks have to end by themselves when one has failed
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 

@@ -1,4 +1,4 @@
-"""What ranks do in test_launch.py; as a script of its own: python launched.py KIND DIRECTORY [option=number ...].
+"""What ranks do in test_launch.py; as a script of its own: python launched.py KIND DIRECTORY ... [option=number ...].
 
 The broken kinds show that the laws of the test can fail.
 """
@@ -165,7 +165,13 @@ if __name__ in ("__main__", "__mp_main__"):
         PRELOAD.remove("fntrain.shell.forkserver")
 
 if __name__ == "__main__":
-    kind, where, *rest = sys.argv[1:]
+    kind, *rest = sys.argv[1:]
     options = dict(one.split("=") for one in rest if "=" in one)
     numbers = {name: int(value) if value.isdigit() else value for name, value in options.items()}
-    launch(partial(KINDS[kind], where), **{"num_processes": 2} | numbers)
+    *places, last = [one for one in rest if "/" in one and "=" not in one]
+    for place in places:  # one job after another, each ended by a signal
+        try:
+            launch(partial(KINDS[kind], place), **{"num_processes": 2} | numbers)
+        except SystemExit as leaving:
+            say("status", leaving.code)
+    launch(partial(KINDS[kind], last), **{"num_processes": 2} | numbers)

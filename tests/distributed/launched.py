@@ -116,6 +116,18 @@ def stubborn(directory):
     slow(directory, long=60)
 
 
+def idle(directory):
+    """A function that knows nothing of signals; or one that heeds them, and whose rank 1 fails then."""
+
+    def handle(*_):
+        raise ValueError("when all was to be saved")
+
+    if Path(directory).name == "fails":
+        signal.signal(signal.SIGTERM, handle if dist.get_rank() == 1 else signal.SIG_IGN)
+    say("step", dist.get_rank(), os.getpid())
+    time.sleep(60)
+
+
 def raise_in_hook(directory):
     def fails():
         if dist.get_rank() == 1:
@@ -156,7 +168,7 @@ class _Deaf(set):
         pass
 
 
-KINDS = {name: globals()[name] for name in ("report", "slow", "stubborn", "held", "die_once")}
+KINDS = {name: globals()[name] for name in ("report", "slow", "stubborn", "idle", "held")}
 
 if __name__ in ("__main__", "__mp_main__"):
     if "twice" in sys.argv:  # signals that ranks have got are passed on all the same

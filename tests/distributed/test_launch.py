@@ -301,6 +301,21 @@ def test_a_second_signal_ends_all_at_once(tmp_path):
         assert not any(line.startswith(("saved", "end")) for line in lines)
 
 
+def test_without_the_hook_a_signal_ends_the_job_with_its_status_and_hides_no_error(tmp_path):
+    """SIGINT and SIGTERM that nobody heeds; a rank that fails when it is told to go, as by a save, is heard."""
+    with started("launched.py", "idle", *(tmp_path / place for place in ("1", "2", "fails"))) as job:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            wait_for(job, "step 0", "step 1")
+            job.send_signal(number)
+            assert wait_for(job, "status") == [f"status {128 + number}"]
+        wait_for(job, "step 0", "step 1")
+        job.terminate()
+        lines = ended(job)
+    assert lines[-1] == "status 1"
+    assert "fntrain.errors.LaunchError: rank 1 of 2 failed:" in lines
+    assert lines.count("ValueError: when all was to be saved") == 1
+
+
 def test_a_launcher_that_is_killed_leaves_no_rank(tmp_path):
     """By SIGKILL, while the ranks are in a long step."""
     with started("launched.py", "stubborn", tmp_path) as job:

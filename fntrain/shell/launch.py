@@ -212,7 +212,7 @@ class _Job:
         self.signal = self.context.Value("i", 0, lock=False)  # the number of the one that came; the ranks look at it
         self.signals = 0
         self.processes: list[Any] = []
-        self.pipes: list[Connection] = []
+        self.pipes: dict[int, Connection] = {}
         self.begun: set[int] = set()
         self.failures: list[Failure] = []
         self.ended_here: set[int] = set()  # by us, when another had failed
@@ -229,7 +229,7 @@ class _Job:
                     process.start()
                     there.close()
                     self.processes.append(process)
-                    self.pipes.append(here)
+                    self.pipes[rank] = here
                 self.watch()
             finally:
                 self.end()
@@ -239,37 +239,47 @@ class _Job:
         self.signals += 1
         self.signal.value = number
 
+    @property
+    def running(self) -> list[Any]:
+        return [process for process in self.processes if process.exitcode is None]
+
     def watch(self) -> None:
         """Wait until all have ended, or one has failed."""
-        left = set(range(self.num_processes))
-        while left and self.signals < 2:
-            wait([self.processes[rank].sentinel for rank in left], timeout=0.2)
-            left = {rank for rank in left if self.processes[rank].exitcode is None}
+        while self.running and self.signals < 2:
+            self.hear(0.2)
             if any(not _fine(process.exitcode) for process in self.processes if process.exitcode is not None):
                 return
 
-    def end(self) -> None:
-        """End those that still run: by SIGTERM, then by SIGKILL; take what they have said."""
-        failed = any(process.exitcode not in (None, 0) for process in self.processes)
-        deadline = time.monotonic() + (GRACE / 4 if failed and self.signals < 2 else 0)  # they fail by themselves
-        self.join(deadline)
-        for stop, seconds in (("terminate", GRACE), ("kill", 10.0)):
-            for rank, process in enumerate(self.processes):
-                if process.exitcode is None and not (stop == "terminate" and self.signals >= 2):
-                    self.ended_here.add(rank)
-                    getattr(process, stop)()
-            self.join(time.monotonic() + (seconds if self.signals < 2 else 10.0 * (stop == "kill")))
-        for rank, pipe in enumerate(self.pipes):
-            with suppress(EOFError, OSError):
+    def hear(self, seconds: float) -> None:
+        """Wait for a rank to say something or end; what it says may be more than a pipe holds."""
+        wait([*(process.sentinel for process in self.running), *self.pipes.values()], timeout=seconds)
+        for rank, pipe in list(self.pipes.items()):
+            try:
                 while pipe.poll():
                     said = pipe.recv()
                     self.begun.add(rank)
                     self.failures += [said] if said is not None else []
+            except (EOFError, OSError):  # it has ended
+                self.pipes.pop(rank).close()
+
+    def end(self) -> None:
+        """End those that still run: by SIGTERM, then by SIGKILL."""
+        failed = any(process.exitcode not in (None, 0) for process in self.processes)
+        self.join(GRACE / 4 if failed and self.signals < 2 else 0.0)  # they fail by themselves
+        for stop, seconds in (("terminate", GRACE), ("kill", 10.0)):
+            if stop == "kill" or self.signals < 2:
+                for process in self.running:
+                    self.ended_here.add(self.processes.index(process))
+                    getattr(process, stop)()
+                self.join(seconds)
+        self.hear(0.0)
+        for pipe in self.pipes.values():
             pipe.close()
 
-    def join(self, deadline: float) -> None:
-        for process in self.processes:
-            process.join(max(0.0, deadline - time.monotonic()))
+    def join(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self.running and (left := deadline - time.monotonic()) > 0:
+            self.hear(left)
 
     def report(self) -> None:
         """Raise what the job came to, if not to its end."""

@@ -70,6 +70,8 @@ def fail(how, others, directory):
         os._exit(3)
     if how == "says":
         sys.exit("enough of it")
+    if how == "says at length":  # more than a pipe holds
+        sys.exit("!" * 1_000_000)
     if how == "interrupted":
         raise KeyboardInterrupt
     if how == "returns":

@@ -108,6 +108,7 @@ TOLD = {
     "is killed": "rank 1 of 2 was killed by SIGKILL\n",
     "exits": "rank 1 of 2 ended with status 3 without a word\n",
     "says": r"rank 1 of 2 failed:\nenough of it\nranks \[0\]",
+    "says at length": "rank 1 of 2 failed:\n!{1000000}\n",
     "interrupted": "rank 1 of 2 was killed by SIGINT\n",
     "returns": r"rank 0 of 2 failed:\nTraceback(.|\n)*RuntimeError: .*(closed|reset) by peer",
 }
@@ -324,9 +325,10 @@ def test_a_launcher_that_is_killed_leaves_no_rank(tmp_path):
         assert job.wait(timeout=10) == -signal.SIGKILL
 
 
-def test_a_script_without_a_guard_is_told_so():
+def test_a_script_without_a_guard_is_told_so(tmp_path):
     """The ranks import it; the last line says what is missing."""
-    with started("unguarded.py") as job:
+    (tmp_path / "unguarded.py").write_text("import launched\nlaunched.launch(launched.report, 2)\n")
+    with started(tmp_path / "unguarded.py") as job:
         *_, line, status = ended(job)
     assert status == "status 1"
     assert 'call launch under `if __name__ == "__main__":`' in line

@@ -484,7 +484,8 @@ def _elastic_rank(fn: Callable[[], object], timeout: timedelta, asked: Any) -> i
     try:
         run()
     except SystemExit as leaving:
-        if not isinstance(leaving.code, int) or not _fine(leaving.code):
+        code = 0 if leaving.code is None else leaving.code
+        if not isinstance(code, int) or not _fine(code):
             raise
-        return leaving.code
+        return code
     return 0

@@ -1,4 +1,4 @@
-"""What do several ranks cost: a step against a hand-written loop, bytes, collectives, start-up?
+"""What do several ranks cost: a step against a hand-written loop, bytes, collectives?
 
     python benchmarks/scaling.py [--ranks 1,2,4] [--models gpt,cnn,mlp] [--rounds 15] [--steps 500] [--json FILE]
 
@@ -8,14 +8,12 @@ DistributedDataParallel with its own hook; with clipping by norm, as ours). The 
 a round takes is the time of rank 0 between two barriers.
 bytes: what a step hands to collectives, by counting the calls.
 collectives: the pieces that ours adds: the sums of a step, the question whether to stop, the exchange of a write.
-start-up: from `launch` to the first line of the function in the last rank, a few times, in turns with torch's spawn.
+Start-up is in start_up.py.
 """
 
 import argparse
 import json
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -169,37 +167,6 @@ def time_collectives(out: Path, repeats: int = 200) -> None:
         out.write_text(json.dumps(found))
 
 
-def note_start(begin: float, out: Path) -> None:
-    """In every rank: when the function begins, on the clock that all processes share."""
-    (out / str(ft.shell.ranks().rank)).write_text(str(time.time() - begin))
-
-
-def spawned(rank: int, size: int, begin: float, out: Path, port: int) -> None:
-    """The same by torch's spawn."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-    (out / str(rank)).write_text(str(time.time() - begin))
-    dist.destroy_process_group()
-
-
-def start_once(kind: str, size: int) -> float:
-    """Seconds until the last rank has begun; in a process of its own, as a script would be."""
-    with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, __file__, "--start-once", kind, "--ranks", str(size), "--out", directory]
-        subprocess.run(command, check=True)
-        return max(float(file.read_text()) for file in Path(directory).iterdir())
-
-
-def start_here(kind: str, size: int, out: Path) -> None:
-    begin = time.time()
-    if kind == "launch":
-        ft.shell.launch(partial(note_start, begin, out), size)
-    else:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-        port = store.port
-        del store
-        torch.multiprocessing.spawn(spawned, (size, begin, out, port), nprocs=size)  # type: ignore[no-untyped-call]
-
-
 def in_ranks(size: int, fn: Callable[..., None], *args: Any) -> Any:
     """What rank 0 has written."""
     with tempfile.TemporaryDirectory() as directory:
@@ -219,14 +186,9 @@ def main() -> None:
     options.add_argument("--models", default="gpt,cnn,mlp")
     options.add_argument("--rounds", type=int, default=15)
     options.add_argument("--steps", type=int, default=500, help="of the smallest model; others take fewer")
-    options.add_argument("--start-once", choices=["launch", "spawn"], help=argparse.SUPPRESS)
-    options.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = options.parse_args()
     prepare(args)
     sizes = [int(size) for size in args.ranks.split(",")]
-    if args.start_once:
-        start_here(args.start_once, sizes[0], args.out)
-        return
     facts = header()
     show_header("Several ranks", facts)
     numbers: dict[str, Any] = {}
@@ -255,15 +217,6 @@ def main() -> None:
         found = numbers[f"collectives {size}"] = in_ranks(size, time_collectives)
         rows += [[str(size), piece, f"{1e6 * seconds:.0f}"] for piece, seconds in found.items()]
     print(table("Collectives", ["ranks", "piece", "us"], rows), flush=True)
-    rows = []
-    for size in sizes:
-        taken: dict[str, list[float]] = {"launch": [], "spawn": []}
-        for _ in range(3):
-            for kind, seconds in taken.items():
-                seconds.append(start_once(kind, size))
-        numbers[f"start {size}"] = taken
-        rows.append([str(size), *(spread(seconds, 2) for seconds in taken.values())])
-    print(table("Start-up, seconds", ["ranks", "launch (forkserver)", "torch's spawn"], rows), flush=True)
     write_json(args.json, facts, numbers)
 
 

@@ -34,8 +34,9 @@ class Ranks:
     world_size: int = 1
     together: bool = False
 
-    def gather(self, value: Any) -> list[Any]:
-        """Return the values of all ranks, in their order."""
+    def gather(self, value: Any, *, only_first: bool = False) -> list[Any]:
+        """Return the values of all ranks, in their order; with `only_first` to the first rank, to others none."""
+        del only_first
         return [value]
 
     def most(self, number: int) -> int:

@@ -153,9 +153,9 @@ def counting():
 
     calls, right, now = [], Connected.gather, [0]
 
-    def gather(self, value):
+    def gather(self, value, **options):
         calls.append(now[0])
-        return right(self, value)
+        return right(self, value, **options)
 
     def look(state):
         now[0] = state.step

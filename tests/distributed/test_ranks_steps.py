@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import re
 import warnings
 import weakref
 from itertools import chain
@@ -230,7 +231,7 @@ def doubled(grads):
         ({"dtype": torch.float32, "precision": "bf16"}, {}, 1e-2),
         ({"dtype": torch.float32, "precision": "bf16", "accumulate": 2}, {"compress": "bf16"}, 2e-2),
     ],
-    ids=str,
+    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),
 )
 def test_options_of_step_and_strategy_keep_the_step(ranks, options, strategy, rtol):
     """Of 3 ranks it is that of one process, up to the precision that was asked for."""

@@ -55,7 +55,8 @@ class Evaluation:
                 found[number] = {name: _sum_and_weight(name, value, batch) for name, value in flat.items()}
             if ranks.together:  # the others' forwards need this rank's part
                 for _ in range(ranks.most(len(found)) - len(found)):
-                    self.fn(self.model, moved(next(iter(self.data))))
+                    with events.collecting():
+                        self.fn(self.model, moved(next(iter(self.data))))
         if ranks.world_size > 1:
             found = {number: parts for theirs in ranks.gather(_on_host(found)) for number, parts in theirs.items()}
         sums: dict[str, list[tuple[Any, Any]]] = {}

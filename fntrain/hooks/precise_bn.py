@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from fntrain import events, gates, tree
 from fntrain.batch import Batch, map_batch
 from fntrain.check import whole
+from fntrain.evaluation import NOBODYS, alongside
 from fntrain.hook import AnyHook, hook
 from fntrain.module import bound
 from fntrain.rng import preserved_generators, seed_generators
@@ -43,6 +44,7 @@ class PreciseBN:
             return None  # all frozen
         device = next(iter(state.params.values())).device
         given = 0
+        counted: dict[nn.Module, tuple[int, Tensor, Tensor]] = {}
         with (
             preserved_generators(),
             bound(self.model, state),
@@ -52,10 +54,12 @@ class PreciseBN:
         ):
             seed_generators(state.seed, state.step, _USE)
             ranks = state.run.ranks
-            for batch in islice(self.data, ranks.rank, self.num_batches, ranks.world_size):  # whole ones: shared out
+            share = islice(self.data, ranks.rank, self.num_batches, ranks.world_size)  # whole ones: shared out
+            for number, batch in alongside(enumerate(share), self.data, ranks):
                 self.forward(self.model, map_batch(lambda tensor: tensor.to(device, non_blocking=True), batch))
-                given += 1
-        mine = {name: found[module] for name, module in layers.items() if module in found}
+                if number != NOBODYS:
+                    given, counted = given + 1, dict(found)
+        mine = {name: counted[module] for name, module in layers.items() if module in counted}
         if ranks.world_size > 1:
             theirs = ranks.gather({name: tree.map_tensors(Tensor.cpu, parts) for name, parts in mine.items()})
             names = dict.fromkeys(name for parts in theirs for name in parts)

@@ -100,7 +100,7 @@ def _check_options(strategy: str, ddp: dict[str, Any], fsdp: dict[str, Any]) -> 
             raise ValueError(f"{name}: got {asked!r}, expected 'bf16', 'fp16' or None")
     usual = {"reshard_after_forward": True}
     for name, value in (fsdp if strategy == "ddp" else ddp).items():
-        if value != usual.get(name) and value:
+        if bool(value) != usual.get(name, False):
             raise ValueError(f"{name}: is not an option of strategy={strategy!r}; leave it out")
 
 

@@ -317,10 +317,19 @@ def test_weights_are_loaded_into_a_model_in_parts(ranks, tmp_path):
         assert all(torch.equal(now[f"params.{name}"], value) for name, value in other.named_parameters())
 
 
+def heads(name, module):
+    return name == "head"
+
+
+def said_by(kind, fn, *args, **kwargs):
+    with pytest.raises(kind) as error:
+        fn(*args, **kwargs)
+    return str(error.value)
+
+
 def refusals():
     """What each of these says."""
     step_fn, _ = odd_parts()
-    matrix = lambda name, module: name == "head"  # noqa: E731
     scalar = nn.Module()
     scalar.w = nn.Parameter(torch.zeros(()))
     strided = nn.Linear(3, 3)
@@ -339,22 +348,20 @@ def refusals():
     if hasattr(torch.optim, "Muon"):
         sole = nn.Linear(3, 3, bias=False)
         cases["Muon"] = lambda: ft.supervised_step(sole, jobs.mean_loss, ft.optimizer(torch.optim.Muon, lr=0.1))
-    said = {
-        name: str(pytest.raises(ValueError, ft.shell.distribute, make(), "fsdp").value) for name, make in cases.items()
-    }
+    said = {name: said_by(ValueError, ft.shell.distribute, make(), "fsdp") for name, make in cases.items()}
     for name in (
         {"compress": "bf16"},
         {"static_graph": True},
         {"bucket_cap_mb": 1.0},
         {"find_unused_parameters": True},
     ):
-        said[next(iter(name))] = str(pytest.raises(ValueError, ft.shell.distribute, step_fn, "fsdp", **name).value)
-    said["tied"] = str(pytest.raises(ValueError, ft.shell.distribute, step_fn, "fsdp", wrap=matrix).value)
+        said[next(iter(name))] = said_by(ValueError, ft.shell.distribute, step_fn, "fsdp", **name)
+    said["tied"] = said_by(ValueError, ft.shell.distribute, step_fn, "fsdp", wrap=heads)
     for name in ({"wrap": linears}, {"mixed_precision": "bf16"}, {"reshard_after_forward": False}):
-        said[next(iter(name))] = str(pytest.raises(ValueError, ft.shell.distribute, step_fn, "ddp", **name).value)
-    said["in place already"] = str(pytest.raises(TypeError, ft.shell.in_place, running).value)
-    said["pure form"] = str(pytest.raises(TypeError, running.step, None, None).value)
-    said["split over ranks"] = str(pytest.raises(ft.CheckpointError, ft.export, running.step.model, "x").value)
+        said[next(iter(name))] = said_by(ValueError, ft.shell.distribute, step_fn, "ddp", **name)
+    said["in place already"] = said_by(TypeError, ft.shell.in_place, running)
+    said["pure form"] = said_by(TypeError, running.step, None, None)
+    said["split over ranks"] = said_by(ft.CheckpointError, ft.export, running.step.model, "x")
     return said, all(type(one) is nn.Parameter for one in step_fn.model.parameters())
 
 
@@ -548,7 +555,7 @@ def test_a_run_in_parts_goes_back_from_a_spike(ranks):
         assert (at, back) == (position, rollbacks)
 
 
-def values(at=None):
+def values():
     """What states in parts say of themselves."""
     step_fn, state, data = parted()
     state = step_fn(state, batches(data, 1)[0])

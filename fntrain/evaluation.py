@@ -78,9 +78,7 @@ class Evaluation:
         return islice(enumerate(self.data), ranks.rank, None, ranks.world_size)
 
 
-def alongside(
-    share: Iterable[tuple[int, Batch]], data: Iterable[Batch], ranks: Ranks
-) -> Iterator[tuple[int, Batch]]:
+def alongside(share: Iterable[tuple[int, Batch]], data: Iterable[Batch], ranks: Ranks) -> Iterator[tuple[int, Batch]]:
     """Yield a rank's numbered batches; where forwards need all ranks, some batch again while others have more.
 
     Example:

@@ -194,7 +194,7 @@ def read_files(
         for leaf, entry in {**manifest["tensors"], **manifest["whole"]}.items():
             if leaf in tensors and "device" in entry and _place(leaf)[0] == TRAIN:
                 tensors[leaf] = tensors[leaf].to(device)
-    return _decoded(path, manifest, tensors)
+    return decoded(path, manifest, tensors)
 
 
 def check_verify(verify: Verify) -> None:
@@ -206,7 +206,7 @@ def check_verify(verify: Verify) -> None:
 def check_files(path: Place, *, verify: Verify = "full") -> None:
     """Raise CheckpointError unless one checkpoint is whole; takes no memory for its tensors."""
     manifest = _read_manifest(path)
-    _decoded(path, manifest, _read_tensors(path, manifest, manifest["tensors"], verify, keep=False))
+    decoded(path, manifest, _read_tensors(path, manifest, manifest["tensors"], verify, keep=False))
 
 
 def read_model(path: Place) -> dict[str, Tensor]:
@@ -280,7 +280,8 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> PyTree:
     return {"list": list, "tuple": tuple}[kind](_decode(item, tensors) for item in content)
 
 
-def _decoded(path: Place, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TrainState:
+def decoded(path: Place, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TrainState:
+    """Build the state that a manifest describes of tensors by dotted path; raises CheckpointError."""
     try:
         fields = _decode(manifest["state"], tensors)
         _check_fields(fields)
@@ -510,10 +511,10 @@ def _laid_out(path: Place, leaf: str, entry: Mapping[str, Any], tensor: Tensor, 
     """The tensor in the memory given for it, if it has its shape and dtype; otherwise with the strides it had."""
     if given is not None and (given.shape, given.dtype) == (tensor.shape, tensor.dtype):
         with torch.no_grad():
-            if (part := tree.local(given)) is not given:
-                part.copy_(tree.local(tree.split_like(given, tensor)))
-                return given
-            return given if given.data_ptr() == tensor.data_ptr() else given.copy_(tensor)
+            part, mine = tree.local(given), tree.local(tree.split_like(given, tensor))
+            if part.data_ptr() != mine.data_ptr():
+                part.copy_(mine)
+            return given
     if "stride" not in entry:
         return tensor
     stride = entry["stride"]

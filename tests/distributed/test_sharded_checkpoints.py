@@ -15,6 +15,7 @@ import fsspec
 import jobs
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from pool import Pool
 
 import fntrain as ft
@@ -509,3 +510,61 @@ def test_a_store_that_each_rank_has_for_itself_is_refused(ranks):
     """memory:// is of one process: rank 1's part is not where rank 0 could list it."""
     for told in ranks(2)(functools.partial(refused, "memory://runs")):
         assert "could not be written: rank 0" in told
+
+
+def to_dcp(directory, strategy):
+    """Write the state of a run as a directory of torch's, and read it back on every rank."""
+    step_fn, state, data = parts(strategy)
+    final = ft.fit(step_fn, [ft.hooks.ema(0.5)], state=state, data=data, max_steps=3)
+    ft.shell.to_dcp(final, directory)
+    with pytest.raises(CheckpointError, match="already"):
+        ft.shell.to_dcp(final, directory)
+    mine = {"model": {name: torch.zeros_like(value) for name, value in final.params.items()}}
+    dcp.load(mine, checkpoint_id=directory)  # as a user of torch does, into parts
+    leaves = whole(final)
+    read = all(
+        ft.tree.bitwise_equal(whole_of(value), leaves[f"params.{name}"]) for name, value in mine["model"].items()
+    )
+    return leaves, read, same(dict(ft.named_leaves(ft.shell.from_dcp(directory))), leaves)
+
+
+def whole_of(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+def test_states_go_to_and_from_the_format_of_torch(ranks, tmp_path, strategy):
+    """Written by three ranks, read by torch's own loader and by one process: bit for bit."""
+    found = ranks(3)(functools.partial(to_dcp, tmp_path / "dcp", strategy))
+    assert [one[1:] for one in found] == [(True, True)] * 3
+    leaves = found[0][0]
+    loaded = ft.shell.from_dcp(tmp_path / "dcp")
+    assert same(dict(ft.named_leaves(loaded)), leaves)
+    assert same(ft.shell.from_dcp(tmp_path / "dcp", "model."), {**loaded.params, **loaded.buffers})
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_torch_wrote_is_read_by_prefix_and_never_unpickled(tmp_path):
+    """Tensors of a directory of torch.distributed's own; its Python objects are left alone."""
+    model = jobs.Net(True)
+    dcp.save({"net": model.state_dict(), "epoch": 3, "evil": saved.make_state}, checkpoint_id=tmp_path, no_dist=True)
+    found = ft.shell.from_dcp(tmp_path, "net.")
+    assert same(found, model.state_dict())
+    with pytest.raises(CheckpointError, match=r"was not written by to_dcp.*'epoch', 'evil'"):
+        ft.shell.from_dcp(tmp_path)
+    with pytest.raises(CheckpointError, match="begins with 'model'"):
+        ft.shell.from_dcp(tmp_path, "model")
+    with pytest.raises(CheckpointError, match="no such file"):
+        ft.shell.from_dcp(tmp_path / "nothing")
+    metadata = (tmp_path / ".metadata").read_bytes()
+    for file, raw in ((".metadata", metadata[:-40]), ("__0_0.distcp", b"")):
+        (tmp_path / file).write_bytes(raw)
+        with pytest.raises(CheckpointError, match="damaged or can't be read"):
+            ft.shell.from_dcp(tmp_path, "net.")
+        (tmp_path / ".metadata").write_bytes(metadata)
+
+
+def test_every_kind_of_leaf_goes_through_the_format_of_torch(tmp_path):
+    """Several dtypes, lists, tuples, numbers, nan and nothing."""
+    state = saved.make_state(2)
+    assert ft.shell.from_dcp(ft.shell.to_dcp(state, tmp_path)) == state

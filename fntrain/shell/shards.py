@@ -153,6 +153,9 @@ class Shards(Exchanging):
         self.both.unshard()  # type: ignore[operator]
         try:
             yield
+        except BaseException:
+            self.reset()
+            raise
         finally:
             for module in self.wrapped:
                 module.reshard()

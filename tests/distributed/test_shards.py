@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from test_distribute import TOLERANCE, close
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 import fntrain as ft
 from fntrain.shell.shards import Shards
@@ -255,12 +256,14 @@ def fail(grad):
         raise RuntimeError("in the backward")
 
 
-def after_an_error(where, broken):
-    """States after two steps, with and without a step that failed between; then the same with other weights put in."""
+def after_an_error(where, how=None):
+    """Whether two steps, the second from other weights, come to the same after a step or evaluation that failed."""
     found = []
-    kept = Shards.reset
-    if broken:
+    kept, torchs = Shards.reset, getattr(FSDPModule, "reset_iter_state", None)
+    if how == "broken":
         Shards.reset = Shards.clear
+    elif how == "as before torch 2.13" and torchs is not None:
+        del FSDPModule.reset_iter_state
     try:
         for fails in (-9, 4):
             failing_loss.calls, failing_loss.fails, failing_loss.where = 0, fails, where
@@ -269,25 +272,60 @@ def after_an_error(where, broken):
             one, two, three = batches(data, 3)
             state = step_fn(state, one)
             if fails == 4:
+                fails_now = failing_evaluation(step_fn.step.model) if where == "in an evaluation" else step_fn
                 with pytest.raises(RuntimeError, match="in the"):
-                    step_fn(state, three)
+                    fails_now(state, *[three] * (where != "in an evaluation"))
                 failing_loss.fails = -9
             found.append([full(step_fn(state, two))])
             found[-1].append(full(step_fn(first, three)))
     finally:
         Shards.reset = kept
+        if torchs is not None:
+            FSDPModule.reset_iter_state = torchs
     return all(torch.equal(a[leaf], b[leaf]) for a, b in zip(*found, strict=True) for leaf in a)
 
 
-@pytest.mark.parametrize("where", ["before", "after", "its backward", "the end of its backward"])
-def test_a_step_that_failed_on_all_ranks_leaves_nothing(ranks, where):
+def failing_evaluation(model):
+    """Fails inside of a block."""
+
+    def fn(model, batch):
+        handle = model.out.register_forward_pre_hook(lambda module, args: fail(args))
+        try:
+            return measure(model, batch)
+        finally:
+            handle.remove()
+
+    return ft.evaluation(model, fn, Samples(8))
+
+
+PLACES = ["before", "after", "its backward", "the end of its backward", "in an evaluation"]
+
+
+@pytest.mark.parametrize("how", [None, "as before torch 2.13"])
+@pytest.mark.parametrize("where", PLACES)
+def test_what_failed_on_all_ranks_leaves_nothing(ranks, where, how):
     """An error in the second of three micro-batches; the steps after it are bit for bit those without it."""
-    assert all(ranks(2)(functools.partial(after_an_error, where, False)))
+    assert all(ranks(2)(functools.partial(after_an_error, where, how)))
 
 
 def test_the_law_of_failed_steps_can_fail(ranks):
     """Without forgetting what torch has begun, gradients of the failed step's first micro-batch stay."""
-    assert not any(ranks(2)(functools.partial(after_an_error, "after", True)))
+    assert not any(ranks(2)(functools.partial(after_an_error, "after", "broken")))
+
+
+def fast(steps):
+    """Whether the optimizer's fast path is taken, and the memory of its state stays."""
+    step_fn, state, data = jobs.parts(optimizer=ft.optimizer(torch.optim.AdamW, lr=0.01, fused=True))
+    step_fn, kept = ft.shell.distribute(step_fn, "fsdp", wrap=layers), []
+    for batch in batches(data, steps):
+        state = step_fn(state, batch)
+        kept.append((step_fn.fused, id(step_fn.opt_state)))
+    return kept[-1][0] is not None, len(set(kept[1:]))
+
+
+def test_steps_in_parts_keep_their_memory(ranks):
+    """Nothing is set up anew at a step, and the fused update is called without the optimizer around it."""
+    assert ranks(2)(functools.partial(fast, 5)) == [(True, 1)] * 2
 
 
 def loaded(directory):

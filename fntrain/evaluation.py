@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import count, islice
+from itertools import chain, count, islice, repeat
 from typing import Any
 
 import attrs
@@ -14,10 +14,12 @@ from fntrain import events
 from fntrain.batch import Batch, map_batch, num_samples
 from fntrain.loss import Weighted
 from fntrain.module import bound
+from fntrain.ranks import Ranks
 from fntrain.rng import preserved_generators, seed_generators
 from fntrain.state import TrainState
 
 MetricsFn = Callable[[nn.Module, Batch], Mapping[str, Any]]
+NOBODYS = -1  # number of a batch that does not count
 # Keep the draws of an evaluation, and of its reading, apart from those of the training step of the same number.
 _USE, _READ = 0x6576616C, 0x65726561
 
@@ -44,19 +46,16 @@ class Evaluation:
                     else batch
                 )
 
-            for number, batch in self._share(state):
-                seed_generators(state.seed, state.step, _USE, number)
+            for number, batch in alongside(self._share(state), self.data, ranks):
+                seed_generators(state.seed, state.step, _USE, max(number, 0))
                 batch = moved(batch)
                 with events.collecting():  # what the model reports while evaluating belongs to no step
                     results = self.fn(self.model, batch)
                 if not isinstance(results, Mapping):
                     raise TypeError(f"evaluation: fn returned {type(results).__name__}, expected a dict of metrics")
-                flat = flattened(results)
-                found[number] = {name: _sum_and_weight(name, value, batch) for name, value in flat.items()}
-            if ranks.together:  # the others' forwards need this rank's part
-                for _ in range(ranks.most(len(found)) - len(found)):
-                    with events.collecting():
-                        self.fn(self.model, moved(next(iter(self.data))))
+                if number != NOBODYS:
+                    flat = flattened(results)
+                    found[number] = {name: _sum_and_weight(name, value, batch) for name, value in flat.items()}
         if ranks.world_size > 1:
             found = {number: parts for theirs in ranks.gather(_on_host(found)) for number, parts in theirs.items()}
         sums: dict[str, list[tuple[Any, Any]]] = {}
@@ -78,6 +77,22 @@ class Evaluation:
             loader = DataLoader(loader.dataset, batch_sampler=spans, num_workers=loader.num_workers)
             return _read(loader, numbers, state)
         return islice(_read(self.data, count(), state), ranks.rank, None, ranks.world_size)
+
+
+def alongside(share: Iterable[tuple[int, Batch]], data: Iterable[Batch], ranks: Ranks) -> Iterator[tuple[int, Batch]]:
+    """Yield a rank's numbered batches; where forwards need all ranks, some batch again while others have more.
+
+    Example:
+      >>> list(alongside([(0, "a"), (1, "b")], ["a", "b"], Ranks()))
+      [(0, 'a'), (1, 'b')]
+    """
+    if not ranks.together:
+        yield from share
+        return
+    for one in chain(share, repeat(None)):
+        if not ranks.most(one is not None):
+            return
+        yield one or (NOBODYS, next(iter(data)))
 
 
 def evaluation(

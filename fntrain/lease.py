@@ -52,6 +52,13 @@ class Home:
             home = _homes[key] = cls(params)
         return home
 
+    def join(self, other: "Home") -> None:
+        """Declare two homes one memory: what ends leases of one ends those of the other."""
+        both = self.params | other.params
+        for one, neighbour in ((self, other), (other, self)):
+            one.params = both
+            one.neighbours.add(neighbour)
+
     @property
     def tenants(self) -> list[Any]:
         """The steps that run in place on this memory, or on part of it."""

@@ -83,6 +83,11 @@ def bound(model: nn.Module, state: TrainState) -> Iterator[nn.Module]:
         with binder(state):
             yield model
         return
+    if split := next((name for name, one in state.params.items() if tree.local(one) is not one), None):
+        raise ValueError(
+            f"state.params[{split!r}]: is split over ranks, and this module is not; give the model of the step that "
+            "ft.shell.distribute made"
+        )
     lease = slots.lend(*tree.clone((state.params, state.buffers)))
     try:
         yield model
@@ -117,14 +122,14 @@ def copy_in(slots: "Slots", state: TrainState, reason: str) -> None:
         if home.leased(theirs, field):
             continue
         foreign = {name: theirs[name] for name in own if not same_memory(theirs[name], own[name])}
-        storages = {tensor.untyped_storage().data_ptr() for tensor in own.values()}
-        if any(tensor.untyped_storage().data_ptr() in storages for tensor in foreign.values()):
+        storages = {tree.local(tensor).untyped_storage().data_ptr() for tensor in own.values()}
+        if any(tree.local(tensor).untyped_storage().data_ptr() in storages for tensor in foreign.values()):
             foreign = tree.clone(foreign)  # parts of the module under other names: copying would overwrite some
         written = None if field == "buffers" and foreign else [slots.params[name] for name in foreign]
         home.end(reason, field, written=written)
         with torch.no_grad():
             for name, tensor in foreign.items():
-                own[name].copy_(tensor)
+                tree.local(own[name]).copy_(tree.local(tree.split_like(own[name], tensor)))
 
 
 @attrs.frozen(eq=False)
@@ -273,6 +278,7 @@ def came_or_went(name: str, before: Tensor | None, after: Tensor | None) -> Valu
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
+    a, b = tree.local(a), tree.local(b)
     return a.data_ptr() == b.data_ptr() and a.device == b.device and a.shape == b.shape and a.stride() == b.stride()
 
 

@@ -70,6 +70,9 @@ class Exchange(Protocol):
     def registered(self, params: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Give the parameters that the module has, by those that the step works on."""
 
+    def missing(self, number: int) -> int:
+        """Tell how many forwards more than these this rank has to take part in."""
+
     def forward(self, model: nn.Module, batch: Batch, last: bool) -> Any:
         """Run model and loss on a micro-batch; in the last one gradients meet."""
 

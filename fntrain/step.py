@@ -243,6 +243,11 @@ class SupervisedStep:
         micro_batches = [batch] if self.accumulate == 1 else (self.split or split_batch)(batch, self.accumulate)
         parts: list[tuple[Objective, Collector]] = []
         fp32 = self.precision in ("fp32", "tf32")
+        idle = 0  # micro-batches that only other ranks have
+        if exchange is not None and self.accumulate > 1:
+            micro_batches = list(micro_batches)
+            idle = exchange.missing(len(micro_batches))
+            micro_batches = micro_batches[:1] * idle + micro_batches
         for micro_batch, following in pairwise(chain(micro_batches, [_LAST])):  # one ahead: the last must know
             last = following is _LAST
             forward = self.loss_fn if exchange is None else partial(exchange.forward, last=last)
@@ -255,6 +260,10 @@ class SupervisedStep:
                         output = forward(self.model, micro_batch)
             alone = last and not parts and exchange is None
             part = objective(output, micro_batch, alone=alone, denominators=denominators)
+            if idle:
+                idle -= 1
+                grads.backward(part.total * 0)
+                continue
             parts.append((part.detached(), collector))
             if last and exchange is not None:
                 totals = Totals.begun(exchange, [one for one, _ in parts], device)

@@ -5,7 +5,8 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import attrs
 
@@ -14,6 +15,7 @@ from fntrain.check import whole
 from fntrain.errors import CheckpointError
 from fntrain.hook import AnyHook, Hook, hook, resource
 from fntrain.ranks import ALONE, agreed
+from fntrain.shell.directory import agreed as agreed_on
 from fntrain.shell.directory import complete, readable, remove, retain, set_aside, step_of
 from fntrain.shell.files import check_files
 from fntrain.shell.remote import Place, place
@@ -22,6 +24,7 @@ from fntrain.shell.upgrade import SchemaError
 from fntrain.state import TrainState, remember
 
 _log = logging.getLogger("fntrain")
+T = TypeVar("T")
 Mode = Literal["max", "min"]
 
 
@@ -97,15 +100,20 @@ class _Live:
         self.saver: Saver | None = None
         self.first = True  # of the ranks
 
-    def open(self, state: TrainState) -> Saver | None:
-        """Take hold of the directory; returns the one saver that looks after what is there."""
+    def open(self, state: TrainState, look: Callable[[Place], T]) -> T:
+        """Take hold of the directory; returns what the first rank finds there, or raises on all ranks what it does."""
         ranks = state.run.ranks
         self.first = ranks.rank == 0
-        if self.first or ranks.together:
-            root = place(self.directory)
-            saver = Saver(root, asynchronous=self.asynchronous, ranks=ranks if ranks.together else ALONE)
-            self.saver = self.stack.enter_context(saver)
-        return self.saver if self.first else None
+
+        def begin() -> Any:
+            if self.first or ranks.together:
+                saver = Saver(
+                    place(self.directory), asynchronous=self.asynchronous, ranks=ranks if ranks.together else ALONE
+                )
+                self.saver = self.stack.enter_context(saver)
+            return look(self.saver.root) if self.first and self.saver is not None else None
+
+        return agreed_on(ranks, begin)[0]  # type: ignore[no-any-return]
 
     def watch(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
@@ -134,8 +142,7 @@ class _Periodic(_Live):
         self.record = record
 
     def start(self, state: TrainState) -> None:
-        if (saver := self.open(state)) is not None:
-            refuse_later(saver.root, state)
+        self.open(state, lambda root: refuse_later(root, state))
 
     def save(self, state: TrainState) -> TrainState | None:
         record, memory = self.record, {}
@@ -168,8 +175,9 @@ def checkpoint(
     """Save the state every n steps and at the end of training; list it after every hook that has memory.
 
     The state is copied to host memory (one copy, made at the first save), and a thread writes it; training goes on
-    after the copy. `fit` returns when the last one is on the disk. A save that failed raises at the next step. After
-    each save, what none of the three rules keeps is deleted; without any of them all are kept, and the newest always.
+    after the copy. `fit` returns when the last one is on the disk. A save that failed raises at the next step; of ranks
+    that each hold a part, at the next save, on all. After each save, what none of the three rules keeps is deleted;
+    without any of them all are kept, and the newest always.
 
     Args:
       directory: of the run's checkpoints; made if it is not there. A path, or a URL that fsspec knows (s3://...). No
@@ -247,26 +255,23 @@ class _Best(_Live):
         """Bring memory and directory together: a kill may have come between the one and the other."""
         memory: Mapping[str, float] = state.hooks[self.record.name]
         best = max(map(int, memory), default=-1)
-        saver = self.open(state)
-        if saver is None:
-            return self.begun(state, state.run.ranks.most(0))
-        found = {step_of(path): path for path in complete(saver.root)}
+        missing = not self.open(state, partial(self.tidied, best)) and bool(memory)
+        if missing and best == state.step:
+            self.write(state, lambda _: [])
+            return None
+        if missing and self.first:
+            _log.warning("%s: the best checkpoint (step %s) is not there; beginning anew", self.directory, best)
+        return remember(state, self.record.name, {}) if missing else None
+
+    def tidied(self, best: int, root: Place) -> bool:
+        """Leave the checkpoint of the best step alone in the directory; whether it is there."""
+        found = {step_of(path): path for path in complete(root)}
         for step, path in found.items():
             if step > best:
                 set_aside(path, "former")  # of a run that is not this one's past
             elif step < best and best in found:
                 remove(path)
-        missing = bool(memory) and best not in found
-        if missing and best == state.step:
-            self.write(state, lambda _: [])
-            missing = False
-        if missing:
-            _log.warning("%s: the best checkpoint (step %s) is not there; beginning anew", saver.root, best)
-        return self.begun(state, state.run.ranks.most(missing))
-
-    def begun(self, state: TrainState, missing: int) -> TrainState | None:
-        """The state, without the memory of a best that is not there."""
-        return remember(state, self.record.name, {}) if missing else None
+        return best in found
 
     def save(self, state: TrainState) -> TrainState | None:
         value = score(state, self.record.best.metric)

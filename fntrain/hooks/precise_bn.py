@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from fntrain import events, gates, tree
 from fntrain.batch import Batch, map_batch
 from fntrain.check import whole
+from fntrain.evaluation import NOBODYS, alongside
 from fntrain.hook import AnyHook, hook
 from fntrain.module import bound
 from fntrain.rng import preserved_generators, seed_generators
@@ -43,6 +44,7 @@ class PreciseBN:
             return None  # all frozen
         device = next(iter(state.params.values())).device
         given = 0
+        counted: dict[nn.Module, tuple[int, Tensor, Tensor]] = {}
         with (
             preserved_generators(),
             bound(self.model, state),
@@ -51,17 +53,16 @@ class PreciseBN:
         ):
             seed_generators(state.seed, state.step, _USE)
             ranks = state.run.ranks
-            batches = islice(enumerate(self.data), ranks.rank, self.num_batches, ranks.world_size)
+            share = islice(
+                enumerate(self.data), ranks.rank, self.num_batches, ranks.world_size
+            )  # whole ones: shared out
             with _measuring(layers.values()) as found:
-                for number, batch in batches:  # whole ones: shared out
-                    seed_generators(state.seed, state.step, _USE, number)
+                for number, batch in alongside(share, self.data, ranks):
+                    seed_generators(state.seed, state.step, _USE, max(number, 0))
                     self.forward(self.model, map_batch(lambda tensor: tensor.to(device, non_blocking=True), batch))
-                    given += 1
-            if ranks.together:  # the others' forwards need this rank's part
-                for _ in range(ranks.most(given) - given):
-                    batch = next(iter(self.data))
-                    self.forward(self.model, map_batch(lambda tensor: tensor.to(device, non_blocking=True), batch))
-        mine = {name: found[module] for name, module in layers.items() if module in found}
+                    if number != NOBODYS:
+                        given, counted = given + 1, dict(found)
+        mine = {name: counted[module] for name, module in layers.items() if module in counted}
         if ranks.world_size > 1:
             theirs = ranks.gather({name: tree.map_tensors(Tensor.cpu, parts) for name, parts in mine.items()})
             names = dict.fromkeys(name for parts in theirs for name in parts)

@@ -185,11 +185,12 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     apart: dict[str, Tensor] = {}
     taken: dict[torch.device, list[tuple[int, int]]] = {}
     for leaf, tensor in tensors.items():
-        length = _length(tensor)
-        if length is None or tensor.is_meta:
+        part = tree.local(tensor)
+        length = _length(part)
+        if length is None or part.is_meta:
             continue
-        begin, others = tensor.data_ptr(), taken.setdefault(tensor.device, [])
-        end = begin + length * tensor.element_size()
+        begin, others = part.data_ptr(), taken.setdefault(part.device, [])
+        end = begin + length * part.element_size()
         at = bisect(others, (begin, end))
         if begin == end or ((not at or others[at - 1][1] <= begin) and (at == len(others) or end <= others[at][0])):
             apart[leaf] = tensor

@@ -18,18 +18,20 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 
 from fntrain.errors import CheckpointError
+from fntrain.ranks import Ranks
 from fntrain.shell.files import MANIFEST, Contents, Written, check_files, write_files, write_manifest, write_tensors
 from fntrain.shell.remote import Place, RemotePath
-from fntrain.shell.tensor_file import fsync
+from fntrain.shell.tensor_file import Reader, fsync
 from fntrain.shell.upgrade import SchemaError
 
 _NAME = re.compile(r"step_(\d{8,19})(\.old)?")
 _LOCK = ".lock"
+T = TypeVar("T")
 _log = logging.getLogger("fntrain")
 
 
@@ -210,12 +212,12 @@ os.register_at_fork(after_in_child=_forget)
 def commit(root: Place, contents: Contents, data: Iterable[memoryview]) -> Place:
     """Write a checkpoint and bring it into view once all of it is on the disk; returns its path.
 
-    Of a state that is split over ranks each writes its part, and the first brings it into view when all have.
+    Of ranks that each hold a part each writes its own, and the first brings it into view when all have.
 
     Raises:
       CheckpointError: it could not be written; what was in view still is.
     """
-    if contents.whole:
+    if contents.ranks.world_size > 1:
         return _commit_together(root, contents, data)
     target = root / name_of(contents.step)
     # What a network raises is its library's own: fsspec does not make all of it OSErrors.
@@ -267,20 +269,11 @@ def _commit_together(root: Place, contents: Contents, data: Iterable[memoryview]
     partial = target if remote else root / f".partial-{target.name}-{token}"
     mark = f"-rank{ranks.rank}-{token}" if remote else f"-rank{ranks.rank}"
 
-    def agreed(work: Callable[[], Any]) -> list[Any]:
-        done, problem = None, None
-        try:
-            done = work()
-        except (CheckpointError, kinds) as error:
-            problem = f"rank {ranks.rank}: {error}"
-        everyone = ranks.gather((done, problem))
-        if problems := [problem for _, problem in everyone if problem is not None]:
-            raise CheckpointError(
-                f"{target}: could not be written: {'; '.join(problems)}; earlier checkpoints are as they were"
-            )
-        return [done for done, _ in everyone]
-
     def publish(written: list[Written]) -> None:
+        for name, about in (file for one in written for file in one.files.items()):
+            with Reader(partial / name) as reader:
+                if reader.bytes != about["bytes"]:
+                    raise CheckpointError(f"{partial / name}: is not what its rank has written")
         if isinstance(target, RemotePath):
             former = [path for path in target.iterdir() if token not in path.name and path.name != MANIFEST]
             write_manifest(contents, written, target)
@@ -300,10 +293,43 @@ def _commit_together(root: Place, contents: Contents, data: Iterable[memoryview]
                 partial.mkdir()
                 stack.callback(shutil.rmtree, partial, ignore_errors=True)  # gone already if it was published
 
-        agreed(begin if first else lambda: None)
-        written = agreed(lambda: write_tensors(contents, data, partial, mark))
-        agreed((lambda: publish(written)) if first else lambda: None)
+        try:
+            agreed(ranks, begin if first else nothing, kinds)
+            written = agreed(ranks, lambda: write_tensors(contents, data, partial, mark), kinds)
+            agreed(ranks, (lambda: publish(written)) if first else nothing, kinds)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{target}: could not be written: {error}; earlier checkpoints are as they were"
+            ) from error
     return target
+
+
+def agreed(ranks: Ranks, work: Callable[[], T], kinds: Any = CheckpointError) -> list[T]:
+    """Return what some work gave on each rank; what went wrong on one is raised on all, so that nobody waits for it.
+
+    Args:
+      ranks: all of them must call this.
+      work: with one rank it just runs.
+      kinds: of errors that are told; others are raised on their rank alone.
+    Example:
+      >>> agreed(Ranks(), lambda: 3)
+      [3]
+    """
+    if ranks.world_size == 1:
+        return [work()]
+    done, problem, cause = None, None, None
+    try:
+        done = work()
+    except (CheckpointError, kinds) as error:
+        problem, cause = str(error), error
+    everyone = ranks.gather((done, problem))
+    if problems := [f"rank {rank}: {why}" for rank, (_, why) in enumerate(everyone) if why is not None]:
+        raise CheckpointError("; ".join(problems)) from cause
+    return [done for done, _ in everyone]
+
+
+def nothing() -> None:
+    """What a rank does while another works."""
 
 
 def _upload(target: RemotePath, contents: Contents, data: Iterable[memoryview]) -> None:

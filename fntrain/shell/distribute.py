@@ -46,18 +46,20 @@ def distribute(
       step_fn: from `ft.supervised_step`; not one that runs in place already.
       strategy: "ddp": every rank holds the whole state. "fsdp": each holds a part of every parameter and of what the
         optimizer keeps of it (rows), and gathers a block's parameters while it computes; `state.params` has DTensors,
-        and a state of whole tensors is cut. The model is changed for good.
+        and a state of whole tensors is cut. The model is changed for good. All ranks must call what runs it
+        (evaluations, code inside `ft.bound`) and `ft.save`, and use the same parameters in a step.
       sync_batchnorm: statistics over the global batch (on GPUs). Without, each rank normalises by its own share, and
         all keep the running statistics of rank 0.
       compress: "ddp": add up gradients as bfloat16 or float16, half the bytes.
       bucket_cap_mb, static_graph, find_unused_parameters: "ddp": of torch's DistributedDataParallel.
       wrap: "fsdp": (name, module) -> whether it is a block that is gathered by itself, such as a transformer's layer;
-        what is in no block is gathered for the whole step.
-      mixed_precision: "fsdp": gather and compute in this dtype, add up gradients in float32.
+        what is in no block is gathered for the whole step. A block is called as a whole, not what is in it.
+      mixed_precision: "fsdp": gather and compute the model in this dtype, the loss and the sum of gradients in float32.
       reshard_after_forward: "fsdp": drop gathered parameters between forward and backward; False keeps them.
     Raises:
       ValueError: an unknown strategy, or an option that it does not have; static_graph with micro-batches; another
-        step runs in place on the model; "fsdp" with an optimizer that is not elementwise, or with transform_grads.
+        step runs in place on the model; "fsdp" with an optimizer that is not elementwise, with transform_grads, with a
+        parameter of no dimension or not contiguous, with one tied across blocks, or on a model that is split already.
       TypeError: the step is none of `ft.supervised_step`.
     Example:
       >>> model = torch.nn.Linear(2, 1)
@@ -102,7 +104,7 @@ def _check_options(strategy: str, ddp: dict[str, Any], fsdp: dict[str, Any]) -> 
             raise ValueError(f"{name}: got {asked!r}, expected 'bf16', 'fp16' or None")
     usual = {"reshard_after_forward": True}
     for name, value in (fsdp if strategy == "ddp" else ddp).items():
-        if value != usual.get(name) and value:
+        if bool(value) != usual.get(name, False):
             raise ValueError(f"{name}: is not an option of strategy={strategy!r}; leave it out")
 
 

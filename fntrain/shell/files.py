@@ -48,7 +48,7 @@ class Contents:
         ranks, of this rank's part, under its path with the rank's number after an @.
       tensors: in the same order, wherever they lie.
       whole: by dotted path: what the manifest says of those that are split.
-      ranks: who writes them together; alone if none is split.
+      ranks: who writes them together, the first what is not split.
     """
 
     step: int
@@ -75,9 +75,11 @@ class Contents:
         except TypeError as error:
             raise CheckpointError(f"state.{error}") from error
         whole = {leaf: _entry(leaf, value) for leaf, value in tensors.items() if tree.local(value) is not value}
-        ranks = state.run.ranks if whole else ALONE
-        if whole:
-            tensors = {leaf: value for leaf, value in tensors.items() if leaf in whole or ranks.rank == 0}
+        ranks = state.run.ranks if state.run.ranks.together else ALONE
+        for leaf in tensors.keys() - whole.keys():
+            if leaf.rpartition("@")[0] in whole:
+                raise CheckpointError(f"state.{leaf}: is named like a part of one that is split over ranks; rename it")
+        tensors = {leaf: value for leaf, value in tensors.items() if leaf in whole or ranks.rank == 0}
         found = {leaf: _entry(leaf, tree.local(tensor)) for leaf, tensor in tensors.items()}
         for leaf in whole:
             found[leaf] |= {"of": leaf, "at": _rows(leaf, tensors[leaf], ranks)}
@@ -192,7 +194,7 @@ def read_files(
         for leaf, entry in {**manifest["tensors"], **manifest["whole"]}.items():
             if leaf in tensors and "device" in entry and _place(leaf)[0] == TRAIN:
                 tensors[leaf] = tensors[leaf].to(device)
-    return _decoded(path, manifest, tensors)
+    return decoded(path, manifest, tensors)
 
 
 def check_verify(verify: Verify) -> None:
@@ -204,7 +206,7 @@ def check_verify(verify: Verify) -> None:
 def check_files(path: Place, *, verify: Verify = "full") -> None:
     """Raise CheckpointError unless one checkpoint is whole; takes no memory for its tensors."""
     manifest = _read_manifest(path)
-    _decoded(path, manifest, _read_tensors(path, manifest, manifest["tensors"], verify, keep=False))
+    decoded(path, manifest, _read_tensors(path, manifest, manifest["tensors"], verify, keep=False))
 
 
 def read_model(path: Place) -> dict[str, Tensor]:
@@ -278,7 +280,8 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> PyTree:
     return {"list": list, "tuple": tuple}[kind](_decode(item, tensors) for item in content)
 
 
-def _decoded(path: Place, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TrainState:
+def decoded(path: Place, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TrainState:
+    """Build the state that a manifest describes of tensors by dotted path; raises CheckpointError."""
     try:
         fields = _decode(manifest["state"], tensors)
         _check_fields(fields)
@@ -342,13 +345,14 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
         ends[name] = about["header"]
     if not _whole(part) or not part:
         raise ValueError(f"part: {part!r}")
-    for leaf, entry in entries.items():
-        shape, sums = entry["shape"], entry["crc32"]
+    for leaf, entry in (*entries.items(), *manifest["whole"].items()):
+        shape = entry["shape"]
         if type(shape) is not list or len(shape) > 64 or not _whole(*shape) or type(entry["name"]) is not str:
             raise ValueError(f"{leaf!r}: {entry!r}")
         if nbytes(entry["dtype"], [max(1, size) for size in shape]) >= 1 << 63:  # torch can't, even if another is 0
             raise ValueError(f"{leaf!r}: {entry!r}")
-        size = nbytes(entry["dtype"], shape)
+    for leaf, entry in entries.items():
+        sums, size = entry["crc32"], nbytes(entry["dtype"], entry["shape"])
         if type(sums) is not list or not _whole(*sums) or len(sums) != max(1, -(-size // part)):
             raise ValueError(f"{leaf!r}: {entry!r}")
         ends[entry["file"]] += size
@@ -361,6 +365,8 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
 def _check_whole(manifest: Mapping[str, Any]) -> None:
     """Raise ValueError unless the parts of tensors that were split make them up, row after row."""
     parts: dict[str, list[tuple[int, int]]] = {leaf: [] for leaf in manifest["whole"]}
+    if both := sorted(parts.keys() & manifest["tensors"].keys()):
+        raise ValueError(f"{both}: whole and in parts")
     for name, entry in manifest["tensors"].items():
         if "of" in entry:
             whole, shape = manifest["whole"][entry["of"]], entry["shape"]
@@ -369,6 +375,8 @@ def _check_whole(manifest: Mapping[str, Any]) -> None:
                 raise ValueError(f"{name!r}: {entry!r} is no part of {whole!r}")
             parts[entry["of"]].append((entry["at"], shape[0]))
     for leaf, spans in parts.items():
+        if manifest["whole"][leaf]["file"] != _place(leaf)[0]:
+            raise ValueError(f"{leaf!r}: {manifest['whole'][leaf]!r}")
         at = 0
         for start, number in sorted(spans):
             if start != at:
@@ -470,7 +478,8 @@ def _check_head(reader: Reader, about: Mapping[str, int]) -> int:
 def _empty(entry: Mapping[str, Any], given: Tensor | None, keep: bool) -> Tensor:
     """The tensor to read to, contiguous on the CPU: the one given, if it is of that kind."""
     shape, dtype = entry["shape"], DTYPES[entry["dtype"]][0]
-    if given is not None and (list(given.shape), given.dtype, given.device.type) == (shape, dtype, "cpu"):
+    here = given is not None and tree.local(given) is given  # of a split one only a part is
+    if given is not None and here and (list(given.shape), given.dtype, given.device.type) == (shape, dtype, "cpu"):
         given = given.detach()
         if given.is_contiguous() and not given.is_conj() and not given.is_neg():
             return given
@@ -502,7 +511,10 @@ def _laid_out(path: Place, leaf: str, entry: Mapping[str, Any], tensor: Tensor, 
     """The tensor in the memory given for it, if it has its shape and dtype; otherwise with the strides it had."""
     if given is not None and (given.shape, given.dtype) == (tensor.shape, tensor.dtype):
         with torch.no_grad():
-            return given if given.data_ptr() == tensor.data_ptr() else given.copy_(tensor)
+            part, mine = tree.local(given), tree.local(tree.split_like(given, tensor))
+            if part.data_ptr() != mine.data_ptr():
+                part.copy_(mine)
+            return given
     if "stride" not in entry:
         return tensor
     stride = entry["stride"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fntrain import tree
 from fntrain.ranks import ALONE, Ranks
-from fntrain.shell.directory import clean, commit, writing
+from fntrain.shell.directory import agreed, clean, commit, writing
 from fntrain.shell.files import Contents
 from fntrain.shell.remote import Place, RemotePath
 from fntrain.shell.tensor_file import PART
@@ -31,7 +31,7 @@ class Saver:
       root: the directory.
       asynchronous: save in a thread. At most one save is under way: the next waits for it. What goes wrong there is
         raised by the next call of `save`, `check` or `wait`.
-      ranks: who saves together, each its part; the first holds the directory.
+      ranks: who saves together, each its part; the first holds the directory. All ranks raise at the same calls.
     """
 
     def __init__(self, root: Place, *, asynchronous: bool = True, ranks: Ranks = ALONE) -> None:
@@ -44,10 +44,10 @@ class Saver:
 
     def __enter__(self) -> "Saver":
         with self.stack:
+            self.channel = self.ranks.aside()  # first: all ranks come to it
             if self.ranks.rank == 0:
                 self.stack.enter_context(writing(self.root, alone=True))
                 clean(self.root)
-            self.channel = self.ranks.aside()
             self.thread = ThreadPoolExecutor(1, thread_name_prefix="fntrain-checkpoint")  # starts with the first save
             self.stack = self.stack.pop_all()
         _open.add(self)
@@ -64,7 +64,7 @@ class Saver:
         begin = time.perf_counter()
         self.wait()
         contents = Contents.of(state)
-        if contents.whole:
+        if contents.ranks.world_size > 1:
             contents = attrs.evolve(contents, ranks=self.channel)
         self.steps.add(state.step)
         if self.buffers is None:
@@ -77,8 +77,8 @@ class Saver:
             _log.debug("step %s: copied in %.3f s", state.step, time.perf_counter() - begin)
 
     def check(self) -> None:
-        """Raise what went wrong with a save that has ended."""
-        if self.pending is not None and self.pending.done():
+        """Raise what went wrong with a save that has ended; of several ranks' saves the next `save` or `wait` does."""
+        if self.ranks.world_size == 1 and self.pending is not None and self.pending.done():
             self.wait()
 
     def wait(self) -> None:
@@ -105,7 +105,7 @@ class Saver:
             save.exception()  # what this state remembers of other hooks' saves must be on the disk before it
         path = commit(self.root, contents, data)
         _log.info("saved %s in %.3f s", path, time.perf_counter() - begin)
-        then()
+        agreed(contents.ranks, then)
 
 
 class HostBuffers:

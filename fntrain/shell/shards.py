@@ -4,8 +4,9 @@ torch keeps each parameter as a DTensor, split by rows. The step works on the pa
 the state that it hands out has DTensors around the same memory, so that whoever keeps or saves it knows what it is of.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import attrs
@@ -14,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
 from fntrain import tree
-from fntrain.batch import Batch
+from fntrain.batch import Batch, map_batch
 from fntrain.lease import FIELDS, Home, Leased
 from fntrain.shell.exchange import Exchanging, ModelAndLoss
 from fntrain.shell.in_place import Before, InPlace
@@ -46,21 +48,26 @@ class Shards(Exchanging):
         mixed_precision: torch.dtype | None,
         reshard_after_forward: bool,
     ) -> None:
-        check(step)
+        blocks = [] if wrap is None else [name for name, module in step.model.named_modules() if wrap(name, module)]
+        check(step, blocks)
         super().__init__(Connected(here.group, together=True))
+        self.group = here.group
         self.both = ModelAndLoss(step.model, step.loss_fn)
         self.share([*step.slots.params.values(), *step.slots.buffers.values()])
         for name in step.bound.frozen:
             step.slots.params[name].requires_grad_(False)
         mesh = init_device_mesh(device.type, (here.world_size,))
-        policy = (
-            MixedPrecisionPolicy() if mixed_precision is None else MixedPrecisionPolicy(mixed_precision, torch.float32)
-        )
-        options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": reshard_after_forward}
-        for name, module in reversed(list(step.model.named_modules())):  # inner ones first
-            if wrap is not None and wrap(name, module):
-                fully_shard(module, **options)
-        fully_shard(self.both, **options)
+        policy, outer = MixedPrecisionPolicy(), MixedPrecisionPolicy()
+        if mixed_precision is not None:
+            policy = MixedPrecisionPolicy(mixed_precision, torch.float32)
+            # What the model is given is cast, not what the loss is: targets and sums keep their precision.
+            outer = MixedPrecisionPolicy(mixed_precision, torch.float32, cast_forward_inputs=False)
+            step.model.register_forward_pre_hook(partial(_cast_inputs, mixed_precision), with_kwargs=True)
+            step.model.register_forward_hook(_cast_outputs)
+        options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard_after_forward}
+        for name in reversed(blocks):  # inner ones first
+            fully_shard(step.model.get_submodule(name), mp_policy=policy, **options)
+        fully_shard(self.both, mp_policy=outer, **options)
         self.wrapped = [module for module in self.both.modules() if isinstance(module, FSDPModule)]
         for module in self.wrapped:
             module.set_force_sum_reduction_for_comms(True)  # added up; the step divides its part by the weight
@@ -98,11 +105,46 @@ class Shards(Exchanging):
         dist.all_reduce(square)
         return square.sqrt()
 
+    def missing(self, number: int) -> int:
+        """How many micro-batches this rank has fewer than another: each of their forwards gathers parts of all."""
+        most = torch.tensor(number)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
+        return int(most) - number
+
     def clear(self) -> None:
-        """Drop gradients that a step which failed has left."""
+        """Drop gradients that were left."""
         self.begun = False
         for param in self.params.values():
             param.grad = None
+
+    def reset(self) -> None:
+        """Forget a step that failed: gathered parameters, gradients of some micro-batches, what torch was about to do.
+
+        Without a word to the other ranks, which may not have failed.
+        """
+        self.clear()
+        root: Any = self.both
+        state = root._get_fsdp_state()
+        if not state._is_root:
+            return  # it failed before torch had begun
+        states = state._state_ctx.all_states
+        groups = [group for one in states for group in _groups(one)]
+        if hasattr(root, "reset_iter_state"):  # torch >= 2.13
+            root.reset_iter_state()
+        else:
+            state._state_ctx.iter_forward_root = None
+            state._state_ctx.post_backward_final_callback_queued = False
+            state._comm_ctx.post_forward_order.clear()
+            for one in (*states, *groups):
+                one._training_state = TrainingState.IDLE
+            for group in groups:
+                group._all_gather_result = None
+                group._post_forward_indices.clear()
+                group.reshard()
+        for param in (param for group in groups for param in group.fsdp_params):
+            param.unsharded_accumulated_grad = None
+            if hasattr(param, "_unsharded_param"):
+                param._unsharded_param.grad = None
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -111,13 +153,51 @@ class Shards(Exchanging):
         self.both.unshard()  # type: ignore[operator]
         try:
             yield
+        except BaseException:
+            self.reset()
+            raise
         finally:
             for module in self.wrapped:
                 module.reshard()
 
 
-def check(step: SupervisedStep) -> None:
-    """Refuse what would look at a part as if it were the whole."""
+def _groups(state: Any) -> list[Any]:
+    """Parameters that torch gathers together; one group of a module before torch 2.12."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def _cast_inputs(dtype: torch.dtype, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return map_batch(partial(_cast, dtype), args), map_batch(partial(_cast, dtype), kwargs)
+
+
+def _cast_outputs(_module: nn.Module, _args: Any, output: Any) -> Any:
+    return map_batch(partial(_cast, torch.float32), output)
+
+
+def _cast(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def check(step: SupervisedStep, blocks: Sequence[str]) -> None:
+    """Refuse what would look at a part as if it were the whole, and what torch can't split, before anything changes."""
+    for name, param in step.slots.params.items():
+        if local(param) is not param:
+            raise ValueError(f"model: {name!r} is split over ranks already; build the model anew for another step")
+        if not param.ndim or not param.is_contiguous():
+            kind = "has no dimension" if not param.ndim else "is not contiguous"
+            raise ValueError(f"model: {name!r} {kind}, so it can't be split by rows; change it, or use strategy='ddp'")
+    inside: dict[int, tuple[str | None, str]] = {}
+    for name, module in step.model.named_modules():
+        block = max((one for one in blocks if not one or f"{name}.".startswith(f"{one}.")), key=len, default=None)
+        for key, param in module.named_parameters(name, recurse=False):
+            other, first = inside.setdefault(id(param), (block, key))
+            if other != block:
+                raise ValueError(
+                    f"wrap: {first!r} and {key!r} are one tied parameter, gathered with different blocks ({other!r}, "
+                    f"{block!r}); wrap neither of them, or a block that holds both"
+                )
     cls = step.optimizer.cls
     if cls.__name__ not in ELEMENTWISE or not cls.__module__.startswith("torch.optim"):
         raise ValueError(
@@ -141,7 +221,8 @@ class ShardedStep(InPlace):
         super().__init__(step)
         self.sharded = Home.of(dict(step.model.named_parameters()))  # what the module itself shows
         self.sharded.binder = self.bound
-        self.shown: tuple[Any, Mapping[str, Any]] = (None, {})
+        self.home.join(self.sharded)
+        self.shown: tuple[Any, dict[str, Any]] = (None, {})  # the optimizer's state, and in DTensors
 
     def own(self, state: TrainState) -> TrainState:
         """Copy in what of a state is not this memory already, of whole tensors this rank's part."""
@@ -174,7 +255,7 @@ class ShardedStep(InPlace):
         step = state.step + 1
         return new.replace(
             params=Leased(params, self.home, "params", step),
-            opt_state=Leased(dict(self.shown[1]), self.home, "opt_state", step),
+            opt_state=Leased(self.shown[1], self.home, "opt_state", step),
         )
 
     def around(self, name: str, value: PyTree) -> PyTree:
@@ -184,7 +265,7 @@ class ShardedStep(InPlace):
         return tree.map_tensors(lambda t: relocated(whole, t) if whole.ndim and t.shape == shape else t, value)
 
     def undo(self, before: Before, *, ran: bool = True) -> None:
-        self.exchange.clear()
+        self.exchange.reset()
         super().undo(before, ran=ran)
 
     @contextmanager

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fntrain import tree
 from fntrain.errors import CheckpointError
 from fntrain.shell.checkpoint import checkpoints
 from fntrain.shell.files import MANIFEST, read_model
@@ -162,6 +163,11 @@ def _starts_with(file: Path, beginnings: tuple[bytes, ...]) -> Iterator[bool]:
 def _check_kind(path: Path, name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise CheckpointError(f"{path}: {name!r} is {type(tensor).__name__}, expected a tensor")
+    if tree.local(tensor) is not tensor:
+        raise CheckpointError(
+            f"{path}: {name!r} is split over ranks; save a checkpoint (ft.save, on all ranks) and export that, as "
+            "`python -m fntrain export` does"
+        )
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
         kind = "meta" if tensor.is_meta else tensor.layout
         raise CheckpointError(f"{path}: {name!r} is a {kind} tensor, expected a plain dense one")

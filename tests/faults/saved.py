@@ -1,14 +1,15 @@
-"""States, checkpoints of both schemas and ways to change their files, for the tests of this directory."""
+"""States, checkpoints of all schemas and ways to change their files, for the tests of this directory."""
 
 import json
 from pathlib import Path
 
+import attrs
 import safetensors.torch
 import torch
 
 import fntrain as ft
 from fntrain import TrainState
-from fntrain.shell.files import Contents
+from fntrain.shell.files import Contents, write_manifest, write_tensors
 from fntrain.shell.tensor_file import crc32
 from fntrain.tree import to_bytes
 
@@ -64,7 +65,36 @@ def save_1(state, directory):
     return path
 
 
-SAVES = {1: save_1, 2: ft.save}
+def save_3(state, directory, size=2):
+    """Write a checkpoint as ranks do that each hold rows of what has any; returns its path."""
+    path = Path(directory) / f"step_{state.step:08d}"
+    path.mkdir(parents=True)
+    contents, whole, written = Contents.of(state), {}, []
+    for rank in range(size):
+        entries, values = {}, []
+        for (leaf, entry), tensor in zip(contents.entries.items(), contents.tensors, strict=True):
+            if tensor.ndim:
+                rows = -(-len(tensor) // size)
+                part = tensor[rank * rows : (rank + 1) * rows]
+                whole[leaf], at = entry, min(rank * rows, len(tensor))
+                own = {key: value for key, value in entry.items() if key != "stride"}
+                entries[f"{leaf}@{rank}"] = own | {"shape": list(part.shape), "of": leaf, "at": at}
+                values.append(part)
+            elif rank == 0:
+                entries[leaf] = entry
+                values.append(tensor)
+        mine = attrs.evolve(contents, entries=entries, tensors=values, whole=whole)
+        written.append(write_tensors(mine, map(to_bytes, values), path, f"-rank{rank}" if rank else ""))
+    write_manifest(attrs.evolve(contents, whole=whole), written, path)
+    return path
+
+
+def names(path):
+    """The files of a checkpoint."""
+    return sorted(file.name for file in path.iterdir())
+
+
+SAVES = {1: save_1, 2: ft.save, 3: save_3}
 
 
 def head(file):

@@ -14,7 +14,7 @@ from fntrain.shell.tensor_file import nbytes
 STATE = saved.make_state(2)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["schema 1", "schema 2"])
+@pytest.fixture(scope="module", params=[1, 2, 3], ids=["schema 1", "schema 2", "schema 3"])
 def base(request, tmp_path_factory):
     """A directory with checkpoints of steps 1 and 2."""
     root = tmp_path_factory.mktemp("base")
@@ -54,7 +54,7 @@ def lengths(path, name, rng):
 
 def cut(path, amount):
     rng = random.Random(0)
-    for name in saved.NAMES:
+    for name in saved.names(path):
         raw = (path / name).read_bytes()
         for length in range(len(raw)) if amount is None else rng.sample(lengths(path, name, rng), amount):
             saved.write(path / name, raw[:length])
@@ -67,7 +67,7 @@ def cut(path, amount):
 def flipped(path, amount):
     rng = random.Random(1)
     for _ in range(amount):
-        name = rng.choice(saved.NAMES)
+        name = rng.choice(saved.names(path))
         raw = (path / name).read_bytes()
         at, bit = rng.randrange(len(raw)), rng.randrange(8)
         saved.write(path / name, raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :])

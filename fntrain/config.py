@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from pathlib import PurePath
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import attrs
 
@@ -48,7 +48,7 @@ class Config:
     max_steps: int = _count(1000)
     """Number of steps in all, those of earlier runs in the same directory included."""
     batch_size: int = _count(64)
-    """Samples per step."""
+    """Samples per step, over all processes."""
     accumulate: int = _count(1)
     """Number of parts that a batch is split into, to save memory; the result is that of one."""
     num_workers: int = _count(0, 0)
@@ -64,7 +64,9 @@ class Config:
     precision: Precision = "fp32"
     """In which model and loss compute; the weights are kept in float32."""
     device: str = "auto"
-    """Where to train: "cpu", "cuda", "cuda:1"; "auto" takes a GPU if there is one."""
+    """Where to train: "cpu", "cuda", "cuda:1"; "auto" takes a GPU if there is one, each process its own."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """What each of several processes holds: the whole state ("ddp"), or a part of it ("fsdp")."""
     weights: str | None = None
     """Checkpoint or safetensors file to start from; a run that goes on has its own and does not read it."""
     log_every: int = _count(20)

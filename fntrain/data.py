@@ -96,6 +96,12 @@ class Stream:
         """Batches that it takes to see every sample of an epoch once (all that are not dropped)."""
         return steps_per_epoch(len(self.dataset), self.batch_size, drop_last=self.drop_last)
 
+    @property
+    def order(self) -> dict[str, Any]:
+        """What decides which samples a batch has; the same on all ranks of a run, or it would not be one batch."""
+        names = ("batch_size", "seed", "shuffle", "drop_last", "ragged_last")
+        return {"samples": len(self.dataset), **{name: getattr(self, name) for name in names}}
+
     def samples(self, position: int) -> list[Sample]:
         """Return the (epoch, index) pairs of global batch number `position`, over all ranks.
 
@@ -106,17 +112,7 @@ class Stream:
           >>> sorted(index for position in range(5) for epoch, index in s.samples(position) if epoch == 0)
           [0, 1, 2, 3, 4]
         """
-        whole("position", position, 0)
-        size = len(self.dataset)
-        if self.drop_last or self.ragged_last:
-            epoch, batch = divmod(position, self.steps_per_epoch)
-            start = batch * self.batch_size
-            spans = [(epoch, start, min(start + self.batch_size, size))]
-        else:
-            start, end = position * self.batch_size, (position + 1) * self.batch_size
-            epochs = range(start // size, (end - 1) // size + 1)
-            spans = [(e, max(start - e * size, 0), min(end - e * size, size)) for e in epochs]
-        return [(epoch, index) for epoch, a, b in spans for index in self._order(epoch, a, b)]
+        return self._samples(self._spans(position))
 
     def share(self, position: int) -> list[Sample]:
         """Return this rank's part of a batch; sizes differ by at most one between ranks.
@@ -126,9 +122,14 @@ class Stream:
           >>> [len(part) for part in parts], sum(parts, []) == stream(range(9), 5, seed=0).samples(0)
           ([3, 2], True)
         """
-        samples = self.samples(position)
-        start, end = (-(-len(samples) * rank // self.world_size) for rank in (self.rank, self.rank + 1))
-        return samples[start:end]
+        spans = self._spans(position)
+        size = sum(b - a for _, a, b in spans)
+        start, end = (-(-size * rank // self.world_size) for rank in (self.rank, self.rank + 1))
+        mine, at = [], 0
+        for epoch, a, b in spans:  # not of the samples: there may be many more ranks than this one
+            mine.append((epoch, max(a, a + start - at), min(b, a + end - at)))
+            at += b - a
+        return self._samples(mine)
 
     def at(self, position: int) -> Iterator[Any]:
         """Iterate over batches from number `position` on, without end.
@@ -173,6 +174,21 @@ class Stream:
                 f"stream: is of rank {self.rank} of {self.world_size}, expected {rank} of {world_size}; leave both out"
             )
         return attrs.evolve(self, rank=rank, world_size=world_size)
+
+    def _spans(self, position: int) -> list[tuple[int, int, int]]:
+        """Epoch, first and end of the places in its order, of what a batch has."""
+        whole("position", position, 0)
+        size = len(self.dataset)
+        if self.drop_last or self.ragged_last:
+            epoch, batch = divmod(position, self.steps_per_epoch)
+            start = batch * self.batch_size
+            return [(epoch, start, min(start + self.batch_size, size))]
+        start, end = position * self.batch_size, (position + 1) * self.batch_size
+        epochs = range(start // size, (end - 1) // size + 1)
+        return [(e, max(start - e * size, 0), min(end - e * size, size)) for e in epochs]
+
+    def _samples(self, spans: list[tuple[int, int, int]]) -> list[Sample]:
+        return [(epoch, index) for epoch, a, b in spans if a < b for index in self._order(epoch, a, b)]
 
     def _order(self, epoch: int, start: int, end: int) -> list[int]:
         if not self.shuffle:

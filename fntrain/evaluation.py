@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain, islice, repeat
+from itertools import chain, count, islice, repeat
 from typing import Any
 
 import attrs
@@ -20,7 +20,8 @@ from fntrain.state import TrainState
 
 MetricsFn = Callable[[nn.Module, Batch], Mapping[str, Any]]
 NOBODYS = -1  # number of a batch that does not count
-_USE = 0x6576616C  # keeps the draws of an evaluation apart from those of the training step of the same number
+# Keep the draws of an evaluation, and of its reading, apart from those of the training step of the same number.
+_USE, _READ = 0x6576616C, 0x65726561
 
 
 @attrs.frozen(kw_only=True)
@@ -45,7 +46,7 @@ class Evaluation:
                     else batch
                 )
 
-            for number, batch in alongside(self._share(ranks), self.data, ranks):
+            for number, batch in alongside(self._share(state), self.data, ranks):
                 seed_generators(state.seed, state.step, _USE, max(number, 0))
                 batch = moved(batch)
                 with events.collecting():  # what the model reports while evaluating belongs to no step
@@ -65,17 +66,17 @@ class Evaluation:
             raise ValueError("evaluation: the data gave no batch, or fn no metric")
         return {name: _mean(parts) for name, parts in sums.items()}
 
-    def _share(self, ranks: Ranks) -> Iterator[tuple[int, Batch]]:
+    def _share(self, state: TrainState) -> Iterator[tuple[int, Batch]]:
         """The batches of this rank with their numbers: whole ones, the same as for one process."""
+        ranks = state.run.ranks
         if isinstance(self.data, DataLoader) and self.own and ranks.world_size > 1:
             loader = self.data
             numbers = range(ranks.rank, len(loader), ranks.world_size)
             size, length = loader.batch_size or 1, len(loader.dataset)  # type: ignore[arg-type]
-            spans: Any = [range(number * size, min((number + 1) * size, length)) for number in numbers]
-            return zip(
-                numbers, DataLoader(loader.dataset, batch_sampler=spans, num_workers=loader.num_workers), strict=True
-            )
-        return islice(enumerate(self.data), ranks.rank, None, ranks.world_size)
+            spans: Any = (list(range(number * size, min((number + 1) * size, length))) for number in numbers)
+            loader = DataLoader(loader.dataset, batch_sampler=spans, num_workers=loader.num_workers)
+            return _read(loader, numbers, state)
+        return islice(_read(self.data, count(), state), ranks.rank, None, ranks.world_size)
 
 
 def alongside(share: Iterable[tuple[int, Batch]], data: Iterable[Batch], ranks: Ranks) -> Iterator[tuple[int, Batch]]:
@@ -101,9 +102,10 @@ def evaluation(
 
     It moves batches to the state's device, binds the state's tensors to the module, sets eval mode without gradients,
     and puts buffers, the train/eval flag of every sub-module, and the generators back. Several ranks share the batches
-    of the data, each once, and have bit for bit the result of one process; of a loader of your own each reads all. A
-    hand-written evaluation must bind the state itself, with `ft.bound(model, state)`: the model alone has its first
-    weights when the step is pure.
+    of the data, each once, and have bit for bit the result of one process; of a loader of your own each reads all. All
+    ranks of the run that the state is of must call it. What is drawn, for reading too, is a function of the state and
+    the number of the batch. A hand-written evaluation must bind the state itself, with `ft.bound(model, state)`: the
+    model alone has its first weights when the step is pure.
 
     Args:
       model: the module of the step.
@@ -130,6 +132,19 @@ def evaluation(
             f"data: got {type(data).__name__}, expected a data set or a re-iterable of batches (it is read many times)"
         )
     return Evaluation(model=model, fn=fn, data=data)
+
+
+def _read(batches: Iterable[Batch], numbers: Iterable[int], state: TrainState) -> Iterator[tuple[int, Batch]]:
+    """Batches with their numbers; what is drawn for order and samples is alike whoever reads them."""
+    seed_generators(state.seed, state.step, _READ)
+    iterator = iter(batches)
+    for number in numbers:
+        seed_generators(state.seed, state.step, _READ, number)
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        yield number, batch
 
 
 @contextmanager
@@ -168,21 +183,21 @@ def _sum_and_weight(name: str, value: Any, batch: Batch) -> tuple[Any, Any]:
     number, weight = (value.loss_sum, value.weight) if weighs else (value, num_samples(batch))
     if isinstance(number, Mapping) or (isinstance(number, Tensor) and number.numel() != 1):
         raise ValueError(f"evaluation: {name!r} is {number!r:.80}, expected a number")
-    if isinstance(number, Tensor):
-        number = number.detach().reshape(()).double()  # sums of many batches: not in the model's precision
+    number, weight = (  # sums of many batches: not in the model's precision
+        one.detach().reshape(()).double() if isinstance(one, Tensor) else one for one in (number, weight)
+    )
     return (number, weight) if weighs else (number * weight, weight)
 
 
 def _on_host(found: dict[int, dict[str, tuple[Any, Any]]]) -> dict[int, dict[str, tuple[Any, Any]]]:
-    """Sums and weights without devices, for the other ranks."""
-    return {
-        number: {name: (_host(total), _host(weight)) for name, (total, weight) in parts.items()}
-        for number, parts in found.items()
-    }
+    """Sums and weights as numbers, for the other ranks, by one transfer."""
+    waiting = [one for parts in found.values() for part in parts.values() for one in part if isinstance(one, Tensor)]
+    numbers = iter(torch.stack([one.to(waiting[0].device) for one in waiting]).tolist() if waiting else [])
 
+    def told(part: tuple[Any, Any]) -> tuple[Any, ...]:
+        return tuple(next(numbers) if isinstance(one, Tensor) else one for one in part)
 
-def _host(value: Any) -> Any:
-    return value.cpu() if isinstance(value, Tensor) else value
+    return {number: {name: told(part) for name, part in parts.items()} for number, parts in found.items()}
 
 
 def _mean(parts: list[tuple[Any, Any]]) -> float:

@@ -252,8 +252,15 @@ def _combine(name: str, weighted: list[tuple[Scalar, Scalar]]) -> Scalar:
             return extreme(torch.stack([torch.as_tensor(value) for value in values]), dim=0)
         return max(values) if reduce == "max" else min(values)
     total = sum((weight for _, weight in weighted[1:]), start=weighted[0][1])
-    first, *others = [value * weight for value, weight in weighted]
+    first, *others = [_weighed(value, weight) for value, weight in weighted]
     return float("nan") if isinstance(total, int | float) and total == 0 else sum(others, start=first) / total
+
+
+def _weighed(value: Scalar, weight: Scalar) -> Scalar:
+    """The product; 0 without weight, where a mean over nothing was nan."""
+    if isinstance(weight, Tensor):
+        return torch.where(weight == 0, 0.0, value * weight)
+    return value * weight if weight else 0.0
 
 
 def _number(name: str, value: Any) -> float:

@@ -17,7 +17,7 @@ from fntrain.check import whole
 from fntrain.hook import PHASES, AnyHook, Callback, Gated, Hook, flatten
 from fntrain.ranks import ALONE
 from fntrain.source import END, Batches, Positioned, shared
-from fntrain.state import SAVED, Run, StepFn, Stop, TrainState
+from fntrain.state import SAVED, Run, StepFn, Stop, TrainState, named_leaves
 
 Gate = Callable[[TrainState, int], bool]
 Phase = list[tuple[Gated, Callback, Gate | None]]
@@ -101,7 +101,7 @@ def _states(
     unseen = False  # whether the state was made by a step and not yielded yet
     try:
         if ranks.world_size > 1:
-            _check_alike(state, singles)
+            _check_alike(state, singles, data)
             data = shared(data, ranks)
         live = [_opened(single, opened) for single in singles]
         batches = Batches(data, [one.hook.wrap_data for one in live if one.hook.wrap_data])
@@ -111,8 +111,9 @@ def _states(
             state = _agreed(_call(_phase(live, "before_train"), _with_memory(state, singles), None))
             while state.run.stop is None and (max_steps is None or state.step < max_steps):
                 batch = batches.next(state)
-                if batch is END or (max_steps is None and ranks.world_size > 1 and ranks.most(batch is END)):
-                    state = _stopped(state, "done", f"data ended after {batches.given} batches")
+                ended = batch is END
+                if ranks.most(ended) if max_steps is None else ended:  # all ask: the data may end on one rank first
+                    state = _stopped(state, "done", f"data ended after {batches.given - (not ended)} batches")
                     break
                 state = _call(before_step, state, 1)
                 if state.position != batches.position - 1:
@@ -247,23 +248,25 @@ def _weight(error: BaseException) -> int:
     return 0 if isinstance(error, SystemExit) else 1 if isinstance(error, Exception) else 2
 
 
-def _check_alike(state: TrainState, singles: list[Gated]) -> None:
+def _check_alike(state: TrainState, singles: list[Gated], data: Any) -> None:
     """Refuse ranks that would do different things, and so wait for each other for ever."""
     shared = [single for single in singles if not single.main]
     mine = {
-        "state.step": state.step,
-        "state.position": state.position,
-        "state.seed": state.seed,
         "max_steps": state.run.max_steps,
+        "data": getattr(data, "order", None),
         "hooks": [f"{one.hook.name} every {one.every} from {one.first} to {one.last}" for one in shared],
+        **{f"state.{leaf}": tree.brief(value) for leaf, value in named_leaves(state)},
     }
-    everyone = state.run.ranks.gather(mine)
-    for name in mine:
+    ranks = state.run.ranks
+    if len(set(ranks.gather(tree.fingerprint(mine)))) == 1:
+        return
+    everyone = ranks.gather(mine)
+    for name in dict.fromkeys(name for theirs in everyone for name in theirs):
         for rank, theirs in enumerate(everyone):
-            if theirs[name] != everyone[0][name]:
+            if repr(theirs.get(name)) != repr(everyone[0].get(name)):  # nan is nan
                 raise ValueError(
-                    f"{name}: rank {rank} has {theirs[name]!r}, rank 0 has {everyone[0][name]!r}; all ranks must start "
-                    "alike: from the same checkpoint, with the same settings and hooks"
+                    f"{name}: rank {rank} has {theirs.get(name)!r}, rank 0 has {everyone[0].get(name)!r}; all ranks "
+                    "must start alike: from the same checkpoint, with the same settings and hooks"
                 )
 
 

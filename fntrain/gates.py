@@ -118,8 +118,11 @@ def _stateless(one: Gated) -> Gated:
 
 def _alone(one: Gated, gate: str) -> Gated:
     if one.hook.communicates:
+        advice = "gate it by every, first or between, or decide inside the function that it calls"
+        if gate == "on_main":
+            advice = "leave on_main out: what one rank is enough for, such as writing, it does on rank 0 only"
         raise ValueError(
-            f"{gate}: {one.hook!r} communicates between ranks, so every rank must run it at the same steps; "
-            "gate it by every, first or between only"
+            f"{gate}: {one.hook!r} communicates between ranks, so wherever there are several all must run it at the "
+            f"same steps; {advice}"
         )
     return one

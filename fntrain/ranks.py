@@ -4,7 +4,7 @@ The pure ring only asks it: the shell makes the one that is connected (`ft.shell
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import attrs
@@ -34,8 +34,9 @@ class Ranks:
     world_size: int = 1
     together: bool = False
 
-    def gather(self, value: Any) -> list[Any]:
-        """Return the values of all ranks, in their order."""
+    def gather(self, value: Any, *, only_first: bool = False) -> list[Any]:
+        """Return the values of all ranks, in their order; with `only_first` to the first rank, to others none."""
+        del only_first
         return [value]
 
     def most(self, number: int) -> int:
@@ -75,10 +76,10 @@ class Exchange(Protocol):
     def forward(self, model: nn.Module, batch: Batch, last: bool) -> Any:
         """Run model and loss on a micro-batch; in the last one gradients meet."""
 
-    def sums(self, numbers: Sequence[Scalar], device: torch.device) -> list[Tensor]:
-        """Add up numbers over ranks, in float64, without waiting for them."""
+    def sums(self, numbers: Sequence[Scalar], device: torch.device) -> Callable[[], list[Tensor]]:
+        """Begin to add up numbers over ranks, in float64; the function returned waits for them."""
 
-    def divide(self, divisor: Tensor | None) -> None:
+    def divide(self, divisor: Callable[[], Tensor] | None) -> None:
         """Say what the gradients, added up over ranks, are to be divided by; before the last backward."""
 
     def finish(self) -> None:

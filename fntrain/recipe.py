@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from fntrain import data as streams
 from fntrain import hooks as standard
 from fntrain import schedules, writers
-from fntrain.config import Config, to_dict
+from fntrain.config import Config, scale_config, to_dict
 from fntrain.errors import CheckpointError, ConfigError
 from fntrain.evaluation import flattened
 from fntrain.fold import fit
@@ -90,7 +90,7 @@ def build_step(config: Any, model: nn.Module, loss_fn: LossFn, optimizer: Optimi
         precision=config.precision,
     )
     if ranks().world_size > 1:
-        return distribute(step_fn)
+        return distribute(step_fn, config.strategy)
     device = next(model.parameters()).device
     return cuda_step(step_fn, device=device) if device.type == "cuda" else in_place(step_fn)
 
@@ -225,7 +225,8 @@ class Recipe:
 def build(recipe: Recipe, config: Any = None, *, load_weights: bool = True) -> Job:
     """Make a recipe live: model, optimizer, data, step, evaluation and hooks, and the state before the first step.
 
-    The default generators are seeded with `config.seed` for the model's first weights.
+    The default generators are seeded with `config.seed` for the model's first weights. With `reference_world_size` the
+    config is scaled to the number of processes, see `ft.scale_config`.
 
     Args:
       recipe: what to build.
@@ -242,7 +243,7 @@ def build(recipe: Recipe, config: Any = None, *, load_weights: bool = True) -> J
       >>> ft.fit(job.step_fn, state=job.state, data=job.data, max_steps=2).step
       2
     """
-    config = _config_of(recipe, config)
+    config = scale_config(_config_of(recipe, config), ranks().world_size)
     device = device_of(config)
     seed_all(config.seed)
     model = recipe.build_model(config)
@@ -293,7 +294,7 @@ def run(recipe: Recipe, config: Any = None, *, resume: bool = True, eval_only: b
       ...     run(recipe, Config(output_dir=directory, max_steps=3)).state.step
       3
     """
-    config = _config_of(recipe, config)
+    config = scale_config(_config_of(recipe, config), ranks().world_size)
     resumed = resume and bool(checkpoints(config.output_dir))
     if resumed and config.weights is not None:
         _log.info("weights %s: not read, %s has checkpoints", config.weights, config.output_dir)

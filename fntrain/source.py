@@ -29,7 +29,7 @@ def shared(data: Positioned | Iterable[Any], ranks: Ranks) -> Positioned | Itera
             f"data: each of {ranks.world_size} ranks would read the same batches of {type(data).__name__}; use "
             "ft.data.stream(...), or ft.data.own_share(data) if what each rank reads is its own part already"
         )
-    return shard(ranks.rank, ranks.world_size)  # type: ignore[no-any-return]
+    return shard(rank=ranks.rank, world_size=ranks.world_size)  # type: ignore[no-any-return]  # others order them otherwise
 
 
 class _End:

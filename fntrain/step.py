@@ -239,7 +239,7 @@ class SupervisedStep:
         denominators = None if self.weights is None else self.weights(batch)
         if exchange is not None and denominators is not None:
             sums = exchange.sums(list(denominators.values()), device)
-            denominators = dict(zip(denominators, sums, strict=True))
+            denominators = dict(zip(denominators, sums(), strict=True))
         micro_batches = [batch] if self.accumulate == 1 else (self.split or split_batch)(batch, self.accumulate)
         parts: list[tuple[Objective, Collector]] = []
         fp32 = self.precision in ("fp32", "tf32")
@@ -266,10 +266,11 @@ class SupervisedStep:
                 continue
             parts.append((part.detached(), collector))
             if last and exchange is not None:
-                totals = Totals.of(exchange, [one for one, _ in parts], device)
+                totals = Totals.begun(exchange, [one for one, _ in parts], device)
             grads.backward(part.total if scale is None else part.total * scale)
-        if exchange is not None and parts:
+        if exchange is not None and totals is not None:
             exchange.finish()
+            totals.wait()
         if not parts:
             raise ValueError("split: returned no micro-batch, expected at least one")
         return parts, totals
@@ -366,22 +367,28 @@ def _total_weight(parts: list[tuple[Objective, Collector]]) -> Any:
     return _sum([part.weight for part, _ in parts])
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class Totals:
     """What the ranks' parts of a step add up to, in float64."""
 
-    loss: Tensor  # divided like the gradients
-    weight: Tensor
-    counts: Tensor
+    divide: bool
+    sums: Callable[[], list[Tensor]]
+    loss: Tensor = attrs.field(init=False)  # divided like the gradients
+    weight: Tensor = attrs.field(init=False)
+    counts: Tensor = attrs.field(init=False)
 
     @classmethod
-    def of(cls, exchange: Exchange, parts: list[Objective], device: torch.device) -> "Totals":
-        """Add up what the forwards gave, and let the gradients be divided by it when they meet."""
+    def begun(cls, exchange: Exchange, parts: list[Objective], device: torch.device) -> "Totals":
+        """Begin to add up what the forwards gave, and let the gradients be divided by it when they meet."""
         divide = parts[0].divide
         mine = [_sum([getattr(part, name) for part in parts]) for name in ("total", "weight", "counts")]
-        loss, weight, counts = exchange.sums(mine, device)
-        exchange.divide(weight if divide else None)
-        return cls(loss / weight if divide else loss, weight, counts)
+        sums = exchange.sums(mine, device)
+        exchange.divide((lambda: sums()[1]) if divide else None)
+        return cls(divide, sums)
+
+    def wait(self) -> None:
+        loss, self.weight, self.counts = self.sums()
+        self.loss = loss / self.weight if self.divide else loss
 
 
 def _report(parts: list[tuple[Objective, Collector]], totals: Totals | None) -> dict[str, Any]:

@@ -214,6 +214,27 @@ def to_bytes(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
+def brief(leaf: Leaf) -> Leaf:
+    """Return what tells a leaf from most others at little cost: of a whole tensor a text with the sum of its bits.
+
+    Cost: reads a tensor once, on its device.
+
+    Example:
+      >>> brief(torch.ones(2)), brief(3)
+      ('torch.float32 [2] 2130706432', 3)
+    """
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if local(leaf) is not leaf:
+        return f"{leaf.dtype} {list(leaf.shape)}"
+    real = torch.view_as_real(leaf.detach().resolve_conj()) if leaf.is_complex() else leaf.detach()
+    bits = real.contiguous().view(_INTEGERS[real.element_size()]).sum(dtype=torch.int64)
+    return f"{leaf.dtype} {list(leaf.shape)} {int(bits)}"
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 # Two passes that every step runs over the optimizer's state: the likely kinds are asked first, the ABC last.
 
 

@@ -110,6 +110,6 @@ class InPlaceThatKeepsItsLease(InPlace):
 class StepThatClipsScaledGradients(ft.SupervisedStep):
     """Clips before the loss scale is divided out."""
 
-    def _reduced_leaves(self, parts, scale=None):
+    def _reduced_leaves(self, parts, scale=None, totals=None):
         torch.nn.utils.clip_grad_norm_(list(self.slots.params.values()), self.clip_grad_norm)
-        return super()._reduced_leaves(parts, scale)
+        return super()._reduced_leaves(parts, scale, totals)

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pathlib
+import random
 import signal
 import subprocess
 import sys
@@ -12,11 +13,14 @@ import time
 from typing import Literal
 
 import attrs
+import numpy
 import pytest
 import torch
 from test_recipe import RECIPE, Config, quiet_hooks, samples
 
 import fntrain as ft
+from fntrain.precision import FLOAT32
+from fntrain.rng import preserved_generators
 from fntrain.shell.setup import setup
 
 
@@ -326,3 +330,34 @@ def test_main_returns_what_run_does(tmp_path):
     by_main = main("--output-dir", tmp_path / "a", recipe=recipe)
     by_run = ft.run(recipe, attrs.evolve(EVERY.config, output_dir=str(tmp_path / "b")))
     assert by_main.state == by_run.state and by_main.results == by_run.results
+
+
+def test_setup_seeds_what_first_weights_are_drawn_from(tmp_path):
+    """torch, Python and NumPy draw the same again; without a seed they are left alone."""
+
+    def drawn():
+        return torch.rand(2).tolist(), random.random(), numpy.random.rand()
+
+    with preserved_generators():
+        setup(tmp_path, seed=3)
+        first = drawn()
+        setup(tmp_path)
+        assert drawn() != first
+        setup(tmp_path, seed=3)
+        assert drawn() == first
+
+
+def test_setup_says_how_float32_products_round(tmp_path):
+    """The switches that a step's precision='tf32' uses too; others are refused, None touches nothing."""
+    before = [switch.fp32_precision for switch in FLOAT32]
+    try:
+        for precision in ("tf32", "ieee"):
+            setup(tmp_path, float32_precision=precision)
+            assert [switch.fp32_precision for switch in FLOAT32] == [precision] * len(FLOAT32)
+            setup(tmp_path)
+            assert [switch.fp32_precision for switch in FLOAT32] == [precision] * len(FLOAT32)
+        with pytest.raises(ValueError, match="float32_precision: got 'high', expected 'ieee', 'tf32' or None"):
+            setup(tmp_path, float32_precision="high")
+    finally:
+        for switch, was in zip(FLOAT32, before, strict=True):
+            switch.fp32_precision = was

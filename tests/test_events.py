@@ -1,5 +1,6 @@
 """Reports from inside a step: names, weights, kinds, and no global storage."""
 
+import math
 import pickle
 import threading
 
@@ -101,3 +102,14 @@ def test_misuse_names_what_was_wrong(call, message):
     """Values that are no scalars are errors where they are reported."""
     with pytest.raises(ValueError, match=message):
         collected(call)
+
+
+@pytest.mark.parametrize("weigh", [float, torch.tensor])
+def test_micro_batches_without_weight_have_no_say_in_a_mean(weigh):
+    """A mean over nothing is nan, and must not make that of the others nan."""
+    parts = []
+    for value, weight in ((math.nan, 0.0), (1.0, 1.0), (4.0, 3.0)):
+        with collecting() as collector:
+            ft.put_scalar("x", torch.tensor(value))
+        parts.append((collector, weigh(weight)))
+    assert float(merge(parts)["x"]) == 3.25

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from fntrain import gates
 from fntrain.evaluation import flattened
-from fntrain.events import MetricName
+from fntrain.events import MetricName, Scalar
 from fntrain.hook import AnyHook, hook
 from fntrain.hooks.ema import averaged
+from fntrain.ranks import Ranks, combined
 from fntrain.state import TrainState
 
 
@@ -26,10 +27,20 @@ class Evaluate:
         results = self.fn(state if self.weights is None else averaged(state, self.weights))
         if not isinstance(results, Mapping):
             raise TypeError(f"evaluate: the function returned {type(results).__name__}, expected a dict of numbers")
+        numbers = {name: _number(name, value) for name, value in flattened(results).items()}
+        if state.run.ranks.world_size > 1:
+            numbers = _alike(state.run.ranks, numbers)
         metrics = dict(state.metrics)
-        for name, value in flattened(results).items():
-            metrics[MetricName(f"{self.prefix}{name}", reduce="same", smooth="each")] = _number(name, value)
+        for name, number in numbers.items():
+            metrics[MetricName(f"{self.prefix}{name}", reduce="same", smooth="each")] = number
         return state.replace(metrics=metrics)
+
+
+def _alike(ranks: Ranks, numbers: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """The means over the ranks that have them; the results of `ft.evaluation` are the same on all."""
+    everyone = ranks.gather({name: float(number) for name, number in numbers.items()})
+    names = dict.fromkeys(name for theirs in everyone for name in theirs)
+    return {name: combined(name, [(theirs[name], 1.0) for theirs in everyone if name in theirs]) for name in names}
 
 
 def _number(name: str, value: Any) -> Tensor | float:
@@ -59,7 +70,7 @@ def evaluate(
     Args:
       fn: state -> {name: number}, nested names join with "/"; `ft.evaluation(model, fn, data)` makes one. A
         hand-written one must bind the state (`ft.bound`): closing over the module alone would see its first weights
-        in pure mode.
+        in pure mode. Every rank calls it; a result is the mean over those that return it.
       every: number of steps between two.
       prefix: put before every name.
       weights: name of a `hooks.ema`, listed before this one, whose averages are evaluated instead of the weights.

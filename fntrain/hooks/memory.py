@@ -12,16 +12,16 @@ from fntrain.state import TrainState
 
 STATUS = Path("/proc/self/status")  # of Linux
 PROCESS = {
-    MetricName("memory/rss", smooth="latest"): "VmRSS:",
+    MetricName("memory/rss", reduce="max", smooth="latest"): "VmRSS:",
     # Not ru_maxrss: on Linux that begins with the peak of the program that started this one.
-    MetricName("memory/peak_rss", smooth="latest"): "VmHWM:",
+    MetricName("memory/peak_rss", reduce="max", smooth="latest"): "VmHWM:",
 }
 CUDA = {
-    MetricName("memory/allocated", smooth="latest"): "allocated_bytes.all.current",
-    MetricName("memory/reserved", smooth="latest"): "reserved_bytes.all.current",
-    MetricName("memory/peak_allocated", smooth="latest"): "allocated_bytes.all.peak",
-    MetricName("memory/alloc_retries", smooth="latest"): "num_alloc_retries",
-    MetricName("memory/ooms", smooth="latest"): "num_ooms",
+    MetricName("memory/allocated", reduce="max", smooth="latest"): "allocated_bytes.all.current",
+    MetricName("memory/reserved", reduce="max", smooth="latest"): "reserved_bytes.all.current",
+    MetricName("memory/peak_allocated", reduce="max", smooth="latest"): "allocated_bytes.all.peak",
+    MetricName("memory/alloc_retries", reduce="max", smooth="latest"): "num_alloc_retries",
+    MetricName("memory/ooms", reduce="max", smooth="latest"): "num_ooms",
 }
 
 
@@ -79,4 +79,6 @@ def _of_process() -> dict[MetricName, int]:
     import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {MetricName("memory/peak_rss", smooth="latest"): peak if sys.platform == "darwin" else peak * 1024}
+    return {
+        MetricName("memory/peak_rss", reduce="max", smooth="latest"): peak if sys.platform == "darwin" else peak * 1024
+    }

@@ -214,7 +214,7 @@ class _Live:
         self.each, self.media, self.written = {}, {}, state.step
 
     def combine(self, ranks: Ranks) -> None:
-        """Put in place of what this rank measured since the last write what all ranks did."""
+        """Put in place of what this rank measured since the last write what all ranks did; the others forget it."""
         if ranks.world_size == 1:
             return
         fresh = [
@@ -225,7 +225,7 @@ class _Live:
         ]
         numbers = to_host([value for *_, value in fresh])
         mine = [(name, step, number) for (name, step, _), number in zip(fresh, numbers, strict=True)]
-        everyone = ranks.gather(mine)
+        everyone = ranks.gather(mine, only_first=True)
         weights = [{step: number for name, step, number in theirs if name == WEIGHT} for theirs in everyone]
         parts: dict[tuple[str, int], list[tuple[float, float]]] = {}
         for theirs, weight in zip(everyone, weights, strict=True):

@@ -48,17 +48,20 @@ class PreciseBN:
         with (
             preserved_generators(),
             bound(self.model, state),
-            _measuring(layers.values()) as found,
             torch.no_grad(),
             events.collecting(),
         ):
             seed_generators(state.seed, state.step, _USE)
             ranks = state.run.ranks
-            share = islice(self.data, ranks.rank, self.num_batches, ranks.world_size)  # whole ones: shared out
-            for number, batch in alongside(enumerate(share), self.data, ranks):
-                self.forward(self.model, map_batch(lambda tensor: tensor.to(device, non_blocking=True), batch))
-                if number != NOBODYS:
-                    given, counted = given + 1, dict(found)
+            share = islice(
+                enumerate(self.data), ranks.rank, self.num_batches, ranks.world_size
+            )  # whole ones: shared out
+            with _measuring(layers.values()) as found:
+                for number, batch in alongside(share, self.data, ranks):
+                    seed_generators(state.seed, state.step, _USE, max(number, 0))
+                    self.forward(self.model, map_batch(lambda tensor: tensor.to(device, non_blocking=True), batch))
+                    if number != NOBODYS:
+                        given, counted = given + 1, dict(found)
         mine = {name: counted[module] for name, module in layers.items() if module in counted}
         if ranks.world_size > 1:
             theirs = ranks.gather({name: tree.map_tensors(Tensor.cpu, parts) for name, parts in mine.items()})

@@ -57,9 +57,9 @@ def distribute(
       mixed_precision: "fsdp": gather and compute the model in this dtype, the loss and the sum of gradients in float32.
       reshard_after_forward: "fsdp": drop gathered parameters between forward and backward; False keeps them.
     Raises:
-      ValueError: an unknown strategy, or an option that it does not have; another step runs in place on the model;
-        "fsdp" with an optimizer that is not elementwise, with transform_grads, with a parameter of no dimension or not
-        contiguous, with one tied across blocks, or on a model that is split already.
+      ValueError: an unknown strategy, or an option that it does not have; static_graph with micro-batches; another
+        step runs in place on the model; "fsdp" with an optimizer that is not elementwise, with transform_grads, with a
+        parameter of no dimension or not contiguous, with one tied across blocks, or on a model that is split already.
       TypeError: the step is none of `ft.supervised_step`.
     Example:
       >>> model = torch.nn.Linear(2, 1)
@@ -75,6 +75,8 @@ def distribute(
     fsdp = {"wrap": wrap, "mixed_precision": mixed_precision, "reshard_after_forward": reshard_after_forward}
     _check_options(strategy, {**ddp, "compress": compress}, fsdp)
     check_step(step_fn)
+    if static_graph and step_fn.accumulate > 1:
+        raise ValueError(f"static_graph: torch has it without micro-batches only, and accumulate={step_fn.accumulate}")
     device = next(step_fn.model.parameters()).device
     here: Any = ranks()
     if sync_batchnorm and here.world_size > 1:

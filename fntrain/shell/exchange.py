@@ -1,6 +1,6 @@
 """The exchange of ranks in a step; that of ranks which each hold the whole state is torch's DistributedDataParallel."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any, Literal
 
@@ -65,14 +65,19 @@ class Exchanging:
         del number
         return 0
 
-    def sums(self, numbers: Sequence[Scalar], device: torch.device) -> list[Tensor]:
-        """Add up numbers over ranks, in float64."""
+    def sums(self, numbers: Sequence[Scalar], device: torch.device) -> Callable[[], list[Tensor]]:
+        """Begin to add up numbers over ranks, in float64; the function returned waits for them."""
         with torch.no_grad():
             mine = torch.stack([torch.as_tensor(one, device=device).detach().double().reshape(()) for one in numbers])
-        dist.all_reduce(mine)
-        return list(mine.unbind())
+        work: Any = dist.all_reduce(mine, async_op=True)
 
-    def divide(self, divisor: Tensor | None) -> None:
+        def wait() -> list[Tensor]:
+            work.wait()
+            return list(mine.unbind())
+
+        return wait
+
+    def divide(self, divisor: Callable[[], Tensor] | None) -> None:
         """Nothing to remember: the step divides."""
 
     def finish(self) -> None:
@@ -102,8 +107,7 @@ class Replicas(Exchanging):
     ) -> None:
         super().__init__(here)
         self.both = ModelAndLoss(step.model, step.loss_fn)
-        self.dtype = None if compress is None else HALF[compress]
-        self.divisor: Tensor | None = None
+        self.adding = _Adding(None if compress is None else HALF[compress])
         frozen = [step.slots.params[name] for name in step.bound.frozen if step.slots.params[name].requires_grad]
         for param in frozen:  # they get no gradient, and must not be waited for
             param.requires_grad_(False)
@@ -118,7 +122,7 @@ class Replicas(Exchanging):
         finally:
             for param in frozen:
                 param.requires_grad_(True)
-        self.ddp.register_comm_hook(self, Replicas.add_up)
+        self.ddp.register_comm_hook(self.adding, _Adding.up)
 
     def forward(self, model: nn.Module, batch: Batch, last: bool) -> Any:
         """Run model and loss; in all but the last micro-batch gradients stay here (torch's `no_sync`)."""
@@ -126,15 +130,23 @@ class Replicas(Exchanging):
         self.ddp.require_backward_grad_sync = last
         return self.both.restored(self.ddp(batch))
 
-    def divide(self, divisor: Tensor | None) -> None:
+    def divide(self, divisor: Callable[[], Tensor] | None) -> None:
         """Remember what gradients are to be divided by."""
-        self.divisor = divisor
+        self.adding.divisor = divisor
 
-    def add_up(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+
+class _Adding:
+    """How gradients add up; it does not know the module, which it would keep alive: torch's reducer holds it."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
+        self.divisor: Callable[[], Tensor] | None = None
+
+    def up(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         """Add up a bucket of gradients over ranks, divided; torch's own hook divides by the number of ranks here."""
         grads = bucket.buffer()
         if self.divisor is not None:
-            grads.div_(self.divisor)
+            grads.div_(self.divisor())
         small = grads if self.dtype is None else grads.to(self.dtype)
         future: Any = dist.all_reduce(small, async_op=True).get_future()
         if self.dtype is None:

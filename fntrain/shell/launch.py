@@ -24,7 +24,8 @@ from fntrain.check import whole
 from fntrain.errors import LaunchError
 
 _log = logging.getLogger("fntrain")
-PRELOAD = ["torch.distributed", "torch.nn.parallel", "torch.optim", "fntrain", "fntrain.shell.launch"]
+# torch._dynamo is what DistributedDataParallel and optimizers import when they are first used, 800 modules.
+PRELOAD = ["fntrain.shell.forkserver", "torch._dynamo", "torch.nn.parallel", "fntrain", "fntrain.shell.launch"]
 GRACE = 2.0  # seconds that the other ranks have to end by themselves when one has failed
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -46,7 +47,7 @@ def launch(
     GPUs each process gets one, by its number on the machine.
 
     One rank that raises or is killed ends the job within seconds, the others with it. SIGINT, SIGTERM and SIGUSR1 are
-    passed on, for `hooks.on_signal`; a second one kills all.
+    passed on, for `hooks.on_signal`; a second one kills all. Several machines are run by torch's elastic agent.
 
     Args:
       fn: function without arguments that can be pickled: defined at the top level of a module, or a partial of one.
@@ -54,8 +55,7 @@ def launch(
       num_processes: on each machine.
       num_machines, machine_rank: how many, and which one this is.
       rendezvous: "host:port" of the machine of rank 0; needed with several machines. The port must be free there.
-      max_restarts: how often a job that failed is started again, by torch's elastic agent; `ft.resume_or` then goes
-        on from the last checkpoint.
+      max_restarts: how often a job that failed is started again; `ft.resume_or` then goes on from the last checkpoint.
       timeout: of every collective.
     Raises:
       ValueError: a number out of range, several machines without a rendezvous.
@@ -90,10 +90,11 @@ def launch(
         fn()
     else:
         _check_pickles(fn)
-        if num_machines > 1 or max_restarts:
+        if num_machines > 1:
+            assert rendezvous is not None
             _launch_elastic(fn, num_processes, num_machines, machine_rank, rendezvous, max_restarts, timeout)
         else:
-            _Job(fn, num_processes, timeout).run()
+            _launch_here(fn, num_processes, max_restarts, timeout)
 
 
 @attrs.frozen
@@ -185,7 +186,19 @@ class Failure:
 
     rank: int
     when: float
+    line: str
     text: str
+
+
+def _launch_here(fn: Callable[[], object], num_processes: int, max_restarts: int, timeout: timedelta) -> None:
+    for restarts in range(max_restarts + 1):
+        try:
+            return _Job(fn, num_processes, timeout).run()
+        except LaunchError as error:
+            if restarts == max_restarts:
+                raise
+            _log.warning("%s\nthe job is started again, for the %d. time of %d", error, restarts + 1, max_restarts)
+    return None
 
 
 class _Job:
@@ -195,61 +208,78 @@ class _Job:
         self.fn = fn
         self.num_processes = num_processes
         self.timeout = timeout
+        self.context = _forkserver()
+        self.signal = self.context.Value("i", 0, lock=False)  # the number of the one that came; the ranks look at it
+        self.signals = 0
         self.processes: list[Any] = []
-        self.pipes: list[Connection] = []
+        self.pipes: dict[int, Connection] = {}
+        self.begun: set[int] = set()
         self.failures: list[Failure] = []
         self.ended_here: set[int] = set()  # by us, when another had failed
-        self.signals = 0
 
     def run(self) -> None:
-        context = multiprocessing.get_context("forkserver")  # one process imports torch, the ranks are forked from it
-        context.set_forkserver_preload(PRELOAD)
         store: Any = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-        try:
-            with self.heeding_signals():
+        with _heeding_signals(self.handle):
+            try:
                 for rank in range(self.num_processes):
-                    here, there = context.Pipe()
+                    here, there = self.context.Pipe(duplex=False)
                     place = Placed(rank, self.num_processes, rank, self.num_processes, None)
-                    arguments = (self.fn, place, self.timeout, store.port, there)
-                    process = context.Process(target=_rank, args=arguments, name=f"rank {rank}", daemon=False)
+                    arguments = (self.fn, place, self.timeout, store.port, there, self.signal, dict(os.environ))
+                    process = self.context.Process(target=_rank, args=arguments, name=f"rank {rank}", daemon=False)
                     process.start()
                     there.close()
                     self.processes.append(process)
-                    self.pipes.append(here)
+                    self.pipes[rank] = here
                 self.watch()
-        finally:
-            self.end()
+            finally:
+                self.end()
         self.report()
+
+    def handle(self, number: int, _frame: Any) -> None:
+        self.signals += 1
+        self.signal.value = number
+
+    @property
+    def running(self) -> list[Any]:
+        return [process for process in self.processes if process.exitcode is None]
 
     def watch(self) -> None:
         """Wait until all have ended, or one has failed."""
-        left = set(range(self.num_processes))
-        while left and self.signals < 2:
-            wait([self.processes[rank].sentinel for rank in left], timeout=0.2)
-            left = {rank for rank in left if self.processes[rank].exitcode is None}
+        while self.running and self.signals < 2:
+            self.hear(0.2)
             if any(not _fine(process.exitcode) for process in self.processes if process.exitcode is not None):
                 return
 
-    def end(self) -> None:
-        """End those that still run: by SIGTERM, then by SIGKILL; take what they have said."""
-        failed = any(process.exitcode not in (None, 0) for process in self.processes)
-        deadline = time.monotonic() + (GRACE / 4 if failed and self.signals < 2 else 0)  # they fail by themselves
-        self.join(deadline)
-        for stop, seconds in (("terminate", GRACE), ("kill", 10.0)):
-            for rank, process in enumerate(self.processes):
-                if process.exitcode is None and not (stop == "terminate" and self.signals >= 2):
-                    self.ended_here.add(rank)
-                    getattr(process, stop)()
-            self.join(time.monotonic() + (seconds if self.signals < 2 else 10.0 * (stop == "kill")))
-        for pipe in self.pipes:
-            with suppress(EOFError, OSError):
+    def hear(self, seconds: float) -> None:
+        """Wait for a rank to say something or end; what it says may be more than a pipe holds."""
+        wait([*(process.sentinel for process in self.running), *self.pipes.values()], timeout=seconds)
+        for rank, pipe in list(self.pipes.items()):
+            try:
                 while pipe.poll():
-                    self.failures.append(pipe.recv())
+                    said = pipe.recv()
+                    self.begun.add(rank)
+                    self.failures += [said] if said is not None else []
+            except (EOFError, OSError):  # it has ended
+                self.pipes.pop(rank).close()
+
+    def end(self) -> None:
+        """End those that still run: by SIGTERM, then by SIGKILL."""
+        failed = any(process.exitcode not in (None, 0) for process in self.processes)
+        self.join(GRACE / 4 if failed and self.signals < 2 else 0.0)  # they fail by themselves
+        for stop, seconds in (("terminate", GRACE), ("kill", 10.0)):
+            if stop == "kill" or self.signals < 2:
+                for process in self.running:
+                    self.ended_here.add(self.processes.index(process))
+                    getattr(process, stop)()
+                self.join(seconds)
+        self.hear(0.0)
+        for pipe in self.pipes.values():
             pipe.close()
 
-    def join(self, deadline: float) -> None:
-        for process in self.processes:
-            process.join(max(0.0, deadline - time.monotonic()))
+    def join(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self.running and (left := deadline - time.monotonic()) > 0:
+            self.hear(left)
 
     def report(self) -> None:
         """Raise what the job came to, if not to its end."""
@@ -258,43 +288,42 @@ class _Job:
         # The others fail because one did. A rank that was killed can't say so, and was first.
         ended = [rank for rank, code in enumerate(codes) if not _fine(code)]
         silent = [rank for rank in ended if rank not in told and rank not in self.ended_here]
-        first = min(told.values(), key=lambda failure: failure.when, default=None)
-        if silent and not self.signals:
+        number = self.signal.value
+        if self.signals > 1 or (self.signals and (not ended or any(codes[rank] == -number for rank in silent))):
+            raise SystemExit(128 + number)
+        if silent:
             raise LaunchError(
-                f"rank {silent[0]} of {len(codes)} {_how(codes[silent[0]])} without a word"
-                + "".join(f"\nrank {one.rank} then said: {one.text.splitlines()[-1]}" for one in told.values())
+                f"rank {silent[0]} of {len(codes)} {_how(codes[silent[0]], silent[0] in self.begun)}"
+                + "".join(f"\nrank {one.rank} then said: {one.line}" for one in told.values())
             )
-        if first is not None and not self.signals:
+        if told:
+            first = min(told.values(), key=lambda failure: failure.when)
             others = [rank for rank in ended if rank != first.rank]
             ended_too = f"\nranks {others} were ended, or failed after it" if others else ""
             raise LaunchError(f"rank {first.rank} of {len(codes)} failed:\n{first.text.rstrip()}{ended_too}")
-        if self.signals:
-            asked = [code for code in codes if code is not None and code > 128]
-            raise SystemExit(asked[0] if asked else 128 + self.number)
         if leaving := [code for code in codes if code]:
             raise SystemExit(leaving[0])
 
-    number: int = signal.SIGTERM
 
-    @contextmanager
-    def heeding_signals(self) -> Iterator[None]:
-        """Pass signals on to the ranks, through their pipes: they may have got them from the sender, too."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        former = {number: signal.signal(number, self.handle) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+def _forkserver() -> Any:
+    """Ranks are forked from one process that has imported torch."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
 
-    def handle(self, number: int, _frame: Any) -> None:
-        self.signals += 1
-        self.number = number
-        for pipe in self.pipes:
-            with suppress(OSError):
-                pipe.send(number)
+
+@contextmanager
+def _heeding_signals(handle: Callable[[int, Any], None]) -> Iterator[None]:
+    """Python has signals in the main thread only; launched from another, a job gets none."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def _fine(code: int | None) -> bool:
@@ -302,47 +331,75 @@ def _fine(code: int | None) -> bool:
     return code == 0 or (code is not None and code > 128)
 
 
-def _how(code: int | None) -> str:
+def _how(code: int | None, begun: bool) -> str:
     if code is not None and code < 0:
         return f"was killed by {signal.Signals(-code).name}"
-    return f"ended with status {code}"
+    if begun:
+        return f"ended with status {code} without a word"
+    return (
+        f"ended with status {code} before it began: its error is above; ranks import the script, which must call "
+        'launch under `if __name__ == "__main__":`'
+    )
 
 
-def _rank(fn: Callable[[], object], place: Placed, timeout: timedelta, port: int, pipe: Connection) -> None:
+def _rank(
+    fn: Callable[[], object],
+    place: Placed,
+    timeout: timedelta,
+    port: int,
+    pipe: Connection,
+    asked: Any,
+    environment: Mapping[str, str],
+) -> None:
     """The main function of a rank's process."""
+    pipe.send(None)
     _end_with_parent()
-    threading.Thread(target=_pass_on, args=(pipe,), daemon=True).start()
-    os.environ.update(LOCAL_RANK=str(place.local_rank), LOCAL_WORLD_SIZE=str(place.local_world_size))
-    try:
+    _heed(asked)
+    os.environ.clear()  # it has that of the first launch
+    os.environ.update(environment, LOCAL_RANK=str(place.local_rank), LOCAL_WORLD_SIZE=str(place.local_world_size))
+    with _telling(pipe, place.rank):
         store = dist.TCPStore("127.0.0.1", port, is_master=False)  # type: ignore[attr-defined]
-        with connected(place, timeout=timeout, store=store):
+        # What fn raises is told before the connection is closed, which makes the others fail.
+        with connected(place, timeout=timeout, store=store), _telling(pipe, place.rank):
             fn()
+
+
+@contextmanager
+def _telling(pipe: Connection, rank: int) -> Iterator[None]:
+    """Tell the launcher of an error and end at once: what Python does in the end may wait for ranks that wait too."""
+    try:
+        yield
     except SystemExit as leaving:
         if leaving.code is None or isinstance(leaving.code, int):
             raise
-        _say(pipe, place.rank, str(leaving.code))
-        raise SystemExit(1) from leaving
-    except BaseException:
-        _say(pipe, place.rank, traceback.format_exc())
-        sys.stderr.flush()
-        os._exit(1)  # at once: what Python does at the end may wait for ranks that wait for this one
-
-
-def _say(pipe: Connection, rank: int, text: str) -> None:
+        line = text = str(leaving.code)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise
+    except BaseException as error:
+        line, text = traceback.format_exception_only(error)[0].rstrip(), traceback.format_exc()
+    else:
+        return
     with suppress(OSError):
-        pipe.send(Failure(rank, time.time(), text))
+        pipe.send(Failure(rank, time.time(), line, text))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
-def _pass_on(pipe: Connection) -> None:
-    """In a rank: give this process the signals that the launcher got, unless it has got them itself."""
+def _heed(asked: Any) -> None:
+    """In a rank: give this process the signal that the launcher got, unless it has got that itself."""
     from fntrain.hooks.signal import arrived
 
-    with suppress(EOFError, OSError):
-        while True:
-            number = pipe.recv()
-            time.sleep(0.3)
-            if number not in arrived:
-                os.kill(os.getpid(), number)
+    def watch() -> None:
+        while not (number := asked.value):
+            time.sleep(0.1)
+        time.sleep(0.3)
+        if number not in arrived:
+            os.kill(os.getpid(), number)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _end_with_parent() -> None:
@@ -357,7 +414,7 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-# ---------------------------------------------------------------------------------- several machines, or started again
+# ------------------------------------------------------------------------------------------------- several machines
 
 
 def _launch_elastic(
@@ -365,38 +422,57 @@ def _launch_elastic(
     num_processes: int,
     num_machines: int,
     machine_rank: int,
-    rendezvous: str | None,
+    rendezvous: str,
     max_restarts: int,
     timeout: timedelta,
 ) -> None:
     """By torch's elastic agent: it starts the ranks of this machine, and all of them again when one has failed."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    asked = _forkserver().Value("i", 0, lock=False)
+    # With the agents' store shared, torch 2.13 tells a machine that comes back no address, and all wait for ever.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+
+    def handle(number: int, _frame: Any) -> None:
+        if asked.value or not multiprocessing.active_children():
+            raise SystemExit(128 + number)
+        asked.value = number
+
     config = LaunchConfig(
         min_nodes=num_machines,
         max_nodes=num_machines,
         nproc_per_node=num_processes,
-        run_id=f"fntrain-{rendezvous or os.getpid()}",
+        run_id=f"fntrain-{rendezvous}",
         rdzv_backend="c10d",
-        rdzv_endpoint=rendezvous or "127.0.0.1:0",
+        rdzv_endpoint=rendezvous,
         rdzv_configs={"is_host": machine_rank == 0},
         max_restarts=max_restarts,
         monitor_interval=0.2,
         start_method="forkserver",
+        signals_to_handle="SIGHUP,SIGQUIT",  # the others are handled here: the agent passes on what ranks have got
     )
-    try:
-        elastic_launch(config, _elastic_rank)(fn, timeout)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise LaunchError(f"rank {rank} failed, {max_restarts} restarts done:\n{failure.message}") from error
+    with _heeding_signals(handle):
+        try:
+            statuses = elastic_launch(config, _elastic_rank)(fn, timeout, asked)
+        except ChildFailedError as error:
+            if asked.value:
+                raise SystemExit(128 + asked.value) from error
+            rank, failure = error.get_first_failure()
+            raise LaunchError(f"rank {rank} failed, {max_restarts} restarts done:\n{failure.message}") from error
+        except RendezvousConnectionError as error:
+            raise LaunchError(f"the connection to machine 0 ({rendezvous}) is lost, or never came about") from error
+    if leaving := [status for status in statuses.values() if status]:
+        raise SystemExit(leaving[0])
 
 
-def _elastic_rank(fn: Callable[[], object], timeout: timedelta) -> None:
+def _elastic_rank(fn: Callable[[], object], timeout: timedelta, asked: Any) -> int:
+    """Run it as a rank; returns its status after a signal, which is not to be started again."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
     _end_with_parent()
+    _heed(asked)
 
     @record
     def run() -> None:
@@ -405,4 +481,11 @@ def _elastic_rank(fn: Callable[[], object], timeout: timedelta) -> None:
         with connected(place, timeout=timeout):
             fn()
 
-    run()
+    try:
+        run()
+    except SystemExit as leaving:
+        code = 0 if leaving.code is None else leaving.code
+        if not isinstance(code, int) or not _fine(code):
+            raise
+        return code
+    return 0

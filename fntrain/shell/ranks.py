@@ -19,9 +19,18 @@ class Connected(Ranks):
 
     group: Any
 
-    def gather(self, value: Any) -> list[Any]:
+    def __reduce__(self) -> Any:
+        return Ranks, ()  # in a copy of a state, or in another process, it is none of them
+
+    def gather(self, value: Any, *, only_first: bool = False) -> list[Any]:
         found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, value, group=self.group)
+        if not only_first:
+            dist.all_gather_object(found, value, group=self.group)
+        elif self.rank == 0:
+            dist.gather_object(value, found, group=self.group)
+        else:
+            dist.gather_object(value, group=self.group)
+            found = []
         return found
 
     def most(self, number: int) -> int:

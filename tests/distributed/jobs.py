@@ -62,14 +62,14 @@ def denominators(batch):
 LOSSES = {"mean": mean_loss, "masked": masked_loss, "dict": dict_loss, "sums": sums_loss}
 
 
-def parts(loss="mean", *, dtype=torch.float32, norm=False, optimizer=None, **options):
+def parts(loss="mean", *, loss_fn=None, dtype=torch.float32, norm=False, optimizer=None, **options):
     """A step that is not run yet, its first state, and data; the same in every rank and alone."""
     torch.manual_seed(0)
     model = Net(norm, dtype)
     optimizer = optimizer or ft.optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
     if loss == "sums":
         options["weights"] = denominators
-    step_fn = ft.supervised_step(model, LOSSES[loss], optimizer, **options)
+    step_fn = ft.supervised_step(model, loss_fn or LOSSES[loss], optimizer, **options)
     return step_fn, ft.init_state(model, optimizer), ft.data.stream(samples(dtype), BATCH, seed=0)
 
 
@@ -79,7 +79,9 @@ def summary(state):
         "digest": ft.digest(state),
         "params": {name: value.detach().clone() for name, value in state.params.items()},
         "buffers": {name: value.detach().clone() for name, value in state.buffers.items()},
-        "metrics": {name: float(value) for name, value in state.metrics.items()},
+        "metrics": {
+            name: float(value) for name, value in state.metrics.items() if not isinstance(value, ft.events.Text)
+        },
         "stop": state.run.stop,
         "step": state.step,
     }

@@ -2,9 +2,12 @@
 
 import functools
 
+import attrs
 import jobs
 import pytest
 import torch
+
+import fntrain as ft
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
@@ -30,3 +33,32 @@ def test_ranks_with_ragged_micro_batches_are_one_process_with_the_whole_batch(ra
     for name in ("loss", "grad_norm"):
         for one in found:
             assert one["metrics"][name] == pytest.approx(alone["metrics"][name], rel=10 * TOLERANCE[dtype])
+
+
+def scaled_by_run():
+    recipe = ft.Recipe(
+        config=ft.Config(batch_size=4, lr=0.1, max_steps=8, reference_world_size=1),
+        build_model=lambda config: torch.nn.Linear(2, 1),
+        build_data=lambda config: torch.ones(8, 2),
+        loss_fn=lambda model, batch: model(batch).square().mean(),
+    )
+    job = ft.build(recipe)
+    return job.config.batch_size, job.config.lr, job.config.max_steps, job.data.batch_size
+
+
+def test_settings_for_one_process_are_scaled_to_the_ranks(ranks):
+    """With reference_world_size: the linear scaling rule, applied by build."""
+    assert ranks(2)(scaled_by_run) == [(8, 0.2, 4, 8)] * 2
+    assert scaled_by_run() == (4, 0.1, 8, 4)
+
+
+def with_another_seed_per_rank():
+    step_fn, state, data = jobs.parts()
+    data = attrs.evolve(data, seed=ft.shell.ranks().rank)
+    ft.fit(ft.shell.distribute(step_fn), state=state, data=data, max_steps=1)
+
+
+def test_ranks_whose_data_come_in_another_order_are_refused(ranks):
+    """Their shares would not make up one batch."""
+    with pytest.raises(RuntimeError, match=r"ValueError: data: rank 1 has \{.*'seed': 1.*rank 0 has \{.*'seed': 0"):
+        ranks(2)(with_another_seed_per_rank)

@@ -50,6 +50,9 @@ class Ranks:
         """Return a channel of its own, for a thread that communicates beside the training."""
         return self
 
+    def close(self) -> None:
+        """Give back a channel that `aside` made."""
+
 
 ALONE = Ranks()
 WEIGHT = MetricName("batch_weight", reduce="sum", smooth="sum")  # of this rank's part of the batch, in means over ranks

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -75,13 +75,8 @@ class Checkpoint:
     keep_best: tuple[KeepBest, ...]
     asynchronous: bool
 
-    @contextmanager
-    def __call__(self) -> Iterator[Hook]:
-        with ExitStack() as stack:
-            live = _Periodic(self, stack)
-            yield attrs.evolve(
-                hook(before_train=live.start, after_step=live.save, after_train=live.finish), wrap_data=live.watch
-            )
+    def __call__(self) -> AbstractContextManager[Hook]:
+        return _living(_Periodic(self))
 
     def kept(self, steps: list[int], best: Collection[int]) -> set[int]:
         """The steps to keep, of those saved, newest first."""
@@ -94,8 +89,8 @@ class Checkpoint:
 class _Live:
     """The live hook of either kind; of several ranks that hold the same state, the first saves."""
 
-    def __init__(self, record: "Checkpoint | BestCheckpoint", stack: ExitStack) -> None:
-        self.stack = stack
+    def __init__(self, record: "Checkpoint | BestCheckpoint") -> None:
+        self.stack = ExitStack()
         self.directory, self.asynchronous = record.directory, record.asynchronous
         self.saver: Saver | None = None
         self.first = True  # of the ranks
@@ -137,8 +132,8 @@ class _Live:
 
 
 class _Periodic(_Live):
-    def __init__(self, record: Checkpoint, stack: ExitStack) -> None:
-        super().__init__(record, stack)
+    def __init__(self, record: Checkpoint) -> None:
+        super().__init__(record)
         self.record = record
 
     def start(self, state: TrainState) -> None:
@@ -160,6 +155,15 @@ class _Periodic(_Live):
             if not state.hooks[self.record.name].get(kept.metric):
                 tell_unseen(state, self.record.name, kept.metric, "it counts only at the steps that are saved")
         self.wait(state)
+
+
+@contextmanager
+def _living(live: Any) -> Iterator[Hook]:
+    """The hook of one run."""
+    with live.stack:
+        yield attrs.evolve(
+            hook(before_train=live.start, after_step=live.save, after_train=live.finish), wrap_data=live.watch
+        )
 
 
 def checkpoint(
@@ -237,18 +241,13 @@ class BestCheckpoint:
     best: KeepBest
     asynchronous: bool
 
-    @contextmanager
-    def __call__(self) -> Iterator[Hook]:
-        with ExitStack() as stack:
-            live = _Best(self, stack)
-            yield attrs.evolve(
-                hook(before_train=live.start, after_step=live.save, after_train=live.finish), wrap_data=live.watch
-            )
+    def __call__(self) -> AbstractContextManager[Hook]:
+        return _living(_Best(self))
 
 
 class _Best(_Live):
-    def __init__(self, record: BestCheckpoint, stack: ExitStack) -> None:
-        super().__init__(record, stack)
+    def __init__(self, record: BestCheckpoint) -> None:
+        super().__init__(record)
         self.record = record
 
     def start(self, state: TrainState) -> TrainState | None:

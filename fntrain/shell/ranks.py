@@ -44,6 +44,9 @@ class Connected(Ranks):
     def aside(self) -> Ranks:
         return Connected(dist.new_group(backend="gloo"), together=self.together)
 
+    def close(self) -> None:
+        dist.destroy_process_group(self.group)
+
 
 def ranks() -> Ranks:
     """Return the ranks of the process group of this process; alone, if there is none.

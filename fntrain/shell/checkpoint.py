@@ -16,8 +16,10 @@ from torch import Tensor
 from fntrain import tree
 from fntrain.errors import CheckpointError
 from fntrain.lease import FIELDS, Leased
+from fntrain.ranks import ALONE
 from fntrain.shell.directory import commit, complete, readable, told
 from fntrain.shell.files import MANIFEST, MODEL, TRAIN, Contents, Verify, check_files, check_verify, read_files
+from fntrain.shell.ranks import ranks
 from fntrain.shell.remote import Place, place
 from fntrain.shell.upgrade import SchemaError
 from fntrain.state import TrainState, named_leaves
@@ -124,7 +126,8 @@ def resume_or(state: TrainState, directory: str | os.PathLike[str], *, verify: V
 
     Damaged checkpoints are passed over with a warning in the log. Tensors get the device and layout of `state`'s. If
     `state` is on a module's own memory (of `ft.init_state`, or of a step run in place), so is the result, as after
-    `ft.load_into`: one copy of the weights, not two; `state` is consumed then.
+    `ft.load_into`: one copy of the weights, not two; `state` is consumed then. If parameters of `state` are split over
+    ranks, each reads its rows alone, and all must call it.
 
     Args:
       state: a fresh state of the same job; params and buffers must match by name, shape and dtype, opt_state by
@@ -148,7 +151,23 @@ def resume_or(state: TrainState, directory: str | os.PathLike[str], *, verify: V
         if root.is_file() or (root / MANIFEST).exists():
             raise CheckpointError(f"{root}: is no directory of checkpoints; give the one that holds the step_... ones")
     device = next((param.device for param in state.params.values()), None)
-    found = newest(root, lambda path: read_files(path, verify=verify, device=device))
+    split = {name: param for name, param in state.params.items() if tree.local(param) is not param}
+
+    def read(path: Place) -> TrainState:
+        loaded: TrainState | None = None
+        problem: CheckpointError | None = None
+        try:
+            loaded = read_files(path, verify=verify, device=device, split=split)
+        except SchemaError:
+            raise  # on all ranks: all read the manifest
+        except CheckpointError as error:
+            problem = error
+        problems = [one for one in (ranks() if split else ALONE).gather(problem and str(problem)) if one is not None]
+        if loaded is None or problems:  # each rank has read other bytes: what one finds damaged all pass over
+            raise problem or CheckpointError(problems[0])
+        return loaded
+
+    found = newest(root, read)
     if found is None:
         _log.info("no checkpoint in %s: starting from the state given", root)
         return state

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, Literal
 
 import attrs
@@ -178,6 +179,7 @@ def read_files(
     verify: Verify = "full",
     into: Mapping[str, Tensor] | None = None,
     device: torch.device | None = None,
+    split: Mapping[str, Tensor] | None = None,
 ) -> TrainState:
     """Read one checkpoint and check it; raises CheckpointError, naming file and leaf.
 
@@ -187,14 +189,31 @@ def read_files(
       into: tensors by dotted path, written over where name, shape and dtype are right.
       device: of the parameters: tensors that were on a device when saved go there; what was on the CPU stays, and so
         do parameters and buffers, which the caller copies to where they belong: there is no second copy on the device.
+      split: parameters that are split over ranks, by name: of them, and of what the optimizer keeps in their shape,
+        this rank's rows alone are read, and checked with what shares a checksum with them.
     """
     manifest = _read_manifest(path)
-    tensors = _read_tensors(path, manifest, manifest["tensors"], verify, into=into or {})
+    likes = _splits(manifest, split) if split else {}
+    tensors = _read_tensors(path, manifest, manifest["tensors"], verify, into=into or {}, likes=likes)
     if device is not None and device.type != "cpu":
         for leaf, entry in {**manifest["tensors"], **manifest["whole"]}.items():
             if leaf in tensors and "device" in entry and _place(leaf)[0] == TRAIN:
                 tensors[leaf] = tensors[leaf].to(device)
+    tensors |= {leaf: tree.relocated(like, tensors[leaf]) for leaf, like in likes.items()}
     return decoded(path, manifest, tensors)
+
+
+def _splits(manifest: Mapping[str, Any], split: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters as which tensors of a checkpoint are to be split, by dotted path."""
+    likes = {}
+    for leaf, entry in {**manifest["tensors"], **manifest["whole"]}.items():
+        field, _, name = leaf.partition(".")
+        while field == "opt_state" and name not in split and name:  # what it keeps is below the parameter's name
+            name = name.rpartition(".")[0]
+        fits = field in ("params", "opt_state") and name in split and "of" not in entry and "stride" not in entry
+        if fits and entry["shape"] == list(split[name].shape):
+            likes[leaf] = split[name]
+    return likes
 
 
 def check_verify(verify: Verify) -> None:
@@ -400,18 +419,23 @@ class _Part:
     length: int
     crc32: int
     view: memoryview | None  # where to put them; None: nowhere, they are only checked
+    skip: int = 0  # bytes before those that are to be put there: there may be others, before and after
 
     def problem(self, verify: Verify) -> CheckpointError | None:
         """Read them in pieces, each checked while it is in the processor's cache; returns what is wrong."""
-        found, scratch = 0, bytearray(min(self.reader.piece, self.length) if self.view is None else 0)
+        cut = self.view is not None and len(self.view) < self.length
+        view = memoryview(bytearray(self.length)) if cut else self.view
+        found, scratch = 0, bytearray(min(self.reader.piece, self.length) if view is None else 0)
         for at in range(0, self.length, self.reader.piece):
             count = min(self.reader.piece, self.length - at)
-            piece = memoryview(scratch)[:count] if self.view is None else self.view[at : at + count]
+            piece = memoryview(scratch)[:count] if view is None else view[at : at + count]
             self.reader.read_into(self.start + at, piece)
             if verify == "full":
                 found = crc32(piece, found)
         if verify == "full" and found != self.crc32:
             return CheckpointError(f"{self.reader.path}: {self.leaf} is damaged (checksum differs)")
+        if cut and view is not None and self.view is not None:
+            self.view[:] = view[self.skip : self.skip + len(self.view)]
         return None
 
 
@@ -423,8 +447,13 @@ def _read_tensors(
     *,
     into: Mapping[str, Tensor] | None = None,
     keep: bool = True,
+    likes: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
-    """Read the listed tensors, on several threads; without `keep` check them only, and return them without values."""
+    """Read the listed tensors, on several threads; without `keep` check them only, and return them without values.
+
+    Of those that are to be split like others, this rank's rows alone.
+    """
+    rows = {leaf: tree.rows(like) for leaf, like in likes.items()}
     tensors: dict[str, Tensor] = {}
     parts: list[_Part] = []
     into = into or {}
@@ -441,25 +470,34 @@ def _read_tensors(
                 ends[entry["file"]] += length
                 if leaf in listed:
                     name = entry.get("of", leaf)
+                    about = manifest["whole"].get(name, entry)
+                    row = nbytes(entry["dtype"], entry["shape"][1:])
+                    first, number = rows.get(name, (0, None))
                     if name not in tensors:
-                        tensors[name] = _empty(manifest["whole"].get(name, entry), into.get(name), keep)
+                        kept = about if number is None else {**about, "shape": [number, *about["shape"][1:]]}
+                        tensors[name] = _empty(kept, into.get(name), keep)
                     view = tree.to_bytes(tensors[name]) if keep else None
-                    if view is not None and "of" in entry:
-                        first = entry["at"] * nbytes(entry["dtype"], entry["shape"][1:])
-                        view = view[first : first + length]
+                    offset = (entry.get("at", 0) - first) * row  # of what is in the file, in what is wanted of it
                     for index, crc in enumerate(entry["crc32"]):
                         at = index * manifest["part"]
                         count = min(manifest["part"], length - at)
-                        part = view if view is None else view[at : at + count]
-                        parts.append(_Part(leaf, readers[entry["file"]], start + at, count, crc, part))
+                        part, skip = view, 0
+                        if view is not None:
+                            begin = offset + at
+                            part, skip = view[max(begin, 0) : max(begin + count, 0)], max(-begin, 0)
+                        if part is None or len(part) or not count:
+                            parts.append(_Part(leaf, readers[entry["file"]], start + at, count, crc, part, skip))
             if keep or verify == "full":
                 _read_all(parts, verify)
     except FileNotFoundError as error:
         raise CheckpointError(f"{error.filename}: no such file") from error
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error}") from error
-    about = {**listed, **manifest["whole"]}
-    return {leaf: _laid_out(path, leaf, about[leaf], tensor, into.get(leaf)) for leaf, tensor in tensors.items()}
+    entries = {**listed, **manifest["whole"]}
+    return {
+        leaf: tensor if leaf in rows else _laid_out(path, leaf, entries[leaf], tensor, into.get(leaf))
+        for leaf, tensor in tensors.items()
+    }
 
 
 def _check_head(reader: Reader, about: Mapping[str, int]) -> int:

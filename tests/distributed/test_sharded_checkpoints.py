@@ -568,3 +568,82 @@ def test_every_kind_of_leaf_goes_through_the_format_of_torch(tmp_path):
     """Several dtypes, lists, tuples, numbers, nan and nothing."""
     state = saved.make_state(2)
     assert ft.shell.from_dcp(ft.shell.to_dcp(state, tmp_path)) == state
+
+
+@contextlib.contextmanager
+def small_sums(size):
+    """One checksum for so many bytes, so that rows of several ranks lie under one."""
+    from fntrain.shell import files, tensor_file
+
+    before = files.PART
+    files.PART = tensor_file.PART = size
+    try:
+        yield
+    finally:
+        files.PART = tensor_file.PART = before
+
+
+def resumed_in_parts(directory, size=1 << 24):
+    """All leaves of what is resumed into parts, and the bytes of tensors that this rank has read."""
+    from fntrain.shell.tensor_file import Reader
+
+    read, right = [], Reader.read_into
+
+    def reading(self, at, view):
+        read.append(len(view))
+        return right(self, at, view)
+
+    step_fn, _, _ = parts("fsdp")
+    state = ft.init_state(step_fn.step.model, step_fn.step.optimizer)
+    Reader.read_into = reading
+    try:
+        with small_sums(size):
+            found = ft.resume_or(state, directory)
+    finally:
+        Reader.read_into = right
+    split = [leaf for leaf, value in ft.named_leaves(found) if hasattr(value, "full_tensor")]
+    return whole(found), sum(read), split
+
+
+def saved_alone(directory, size):
+    step_fn, state, data = parts(None)
+    with small_sums(size):
+        final = ft.fit(step_fn, state=state, data=data, max_steps=3)
+        path = ft.save(final, directory)
+    return whole(final), path
+
+
+@pytest.mark.parametrize("size", [8, 100, 1 << 24])
+@pytest.mark.parametrize("ranks_of", [2, 3])
+def test_each_rank_reads_its_rows_alone(ranks, tmp_path, ranks_of, size):
+    """Parameters and moments come split, bit for bit, wherever checksums begin; a rank reads little of the others'."""
+    final, path = saved_alone(tmp_path, size)
+    found = ranks(ranks_of)(resumed_in_parts, tmp_path)
+    number = sum(value.numel() for leaf, value in final.items() if leaf.startswith("params."))
+    for state, _, split in found:
+        assert same(state, final)
+        assert {leaf for leaf in final if leaf.startswith("params.")} < set(split)
+        assert {leaf for leaf in final if leaf.endswith(("exp_avg", "exp_avg_sq"))} < set(split)
+    if size == 8:
+        heads = sum(file.stat().st_size for file in path.glob("*.safetensors")) - sum(
+            value.nbytes for value in final.values() if isinstance(value, torch.Tensor)
+        )
+        others = sum(
+            value.nbytes for leaf, value in final.items() if isinstance(value, torch.Tensor) and leaf not in found[0][2]
+        )
+        for _, read, _ in found:
+            assert read - heads - others <= 12 * (number / ranks_of + 20 * ranks_of) + 8 * 12
+
+
+def test_rows_that_one_rank_finds_damaged_all_pass_over(ranks, tmp_path):
+    """The rank that reads them names the leaf; all resume from the checkpoint before."""
+    step_fn, state, data = parts(None)
+    ft.fit(step_fn, ft.hooks.checkpoint(tmp_path, every=2), state=state, data=data, max_steps=4)
+    newest, before = checkpoints(tmp_path)
+    expected = whole(ft.load(before))
+    file = newest / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-3] ^= 1  # in the last rows of the last parameter or buffer
+    file.write_bytes(raw)
+    for state, _, _ in ranks(2)(resumed_in_parts, tmp_path):
+        assert same(state, expected)

@@ -40,6 +40,9 @@ bench: setup
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/python benchmarks/hooks.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/start_up.py 4
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

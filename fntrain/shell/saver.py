@@ -45,6 +45,7 @@ class Saver:
     def __enter__(self) -> "Saver":
         with self.stack:
             self.channel = self.ranks.aside()  # first: all ranks come to it
+            self.stack.callback(self.channel.close)
             if self.ranks.rank == 0:
                 self.stack.enter_context(writing(self.root, alone=True))
                 clean(self.root)

@@ -128,11 +128,16 @@ def _states(
                     unseen = False
                     yield state
             state = _stopped(state, "done", f"max_steps={max_steps} reached")
-        except GeneratorExit:
-            _finish(live, ran, _stopped(state, "requested", "states() was left early"), None)
+        except GeneratorExit as leaving:
+            # An error in the loop over the states, of this rank perhaps alone, closes them while it is on its way.
+            error: BaseException | None = leaving
+            while isinstance(error, GeneratorExit):  # or generators around this one are closed
+                error = error.__context__
+            error = error if ranks.world_size > 1 else None
+            _finish(live, ran, _stopped(state, "requested", "states() was left early"), error)
             raise
-        except BaseException as error:
-            _finish(live, ran, _stopped(state, "error", f"{type(error).__name__}: {error}"), error)
+        except BaseException as wrong:
+            _finish(live, ran, _stopped(state, "error", f"{type(wrong).__name__}: {wrong}"), wrong)
             raise
         state = _finish(live, ran, state, None)
     except BaseException as error:

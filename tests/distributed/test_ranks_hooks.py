@@ -1,5 +1,6 @@
 """Hooks of several ranks: the same decisions on all, those of one process; nothing waits for ever."""
 
+import contextlib
 import copy
 import functools
 
@@ -427,6 +428,23 @@ def test_a_last_save_that_fails_is_an_error_on_all_ranks(ranks, tmp_path):
     """The first rank alone saves what all hold."""
     for told in ranks(2)(failing_at_the_end, tmp_path, "save", timeout=20):
         assert "CheckpointError: rank 0: No space left" in told
+
+
+def raising_in_the_loop():
+    """One rank's own loop over the states fails."""
+    step_fn, state, data = jobs.parts()
+    hooks = [ft.hooks.check_replicas(every=9), ft.hooks.write_metrics(ft.writers.memory(), every=9)]
+    states = ft.states(ft.shell.distribute(step_fn), hooks, state=state, data=data, max_steps=9)
+    with contextlib.closing(states):
+        for state in states:
+            if state.step == 2 and state.run.ranks.rank == 1:
+                raise RuntimeError("no more")
+
+
+def test_an_error_of_one_rank_in_the_loop_over_states_does_not_make_it_wait(ranks):
+    """Nobody answers what its hooks would ask at the end."""
+    with pytest.raises(RuntimeError, match=r"(?s)rank 1: .*no more.*after_train of hook 'write_metrics' was skipped"):
+        ranks(2)(raising_in_the_loop, timeout=20)
 
 
 def reported_on_main():

@@ -79,14 +79,18 @@ class Evaluation:
         return islice(_read(self.data, count(), state), ranks.rank, None, ranks.world_size)
 
 
-def alongside(share: Iterable[tuple[int, Batch]], data: Iterable[Batch], ranks: Ranks) -> Iterator[tuple[int, Batch]]:
+def alongside(
+    share: Iterable[tuple[int, Batch]], data: Iterable[Batch], ranks: Ranks, *, together: bool = False
+) -> Iterator[tuple[int, Batch]]:
     """Yield a rank's numbered batches; where forwards need all ranks, some batch again while others have more.
+
+    They do if ranks hold parts, or if `together` says so.
 
     Example:
       >>> list(alongside([(0, "a"), (1, "b")], ["a", "b"], Ranks()))
       [(0, 'a'), (1, 'b')]
     """
-    if not ranks.together:
+    if not (ranks.together or (together and ranks.world_size > 1)):
         yield from share
         return
     for one in chain(share, repeat(None)):

@@ -128,11 +128,16 @@ def _states(
                     unseen = False
                     yield state
             state = _stopped(state, "done", f"max_steps={max_steps} reached")
-        except GeneratorExit:
-            _finish(live, ran, _stopped(state, "requested", "states() was left early"), None)
+        except GeneratorExit as leaving:
+            # An error in the loop over the states, of this rank perhaps alone, closes them while it is on its way.
+            error: BaseException | None = leaving
+            while isinstance(error, GeneratorExit):  # or generators around this one are closed
+                error = error.__context__
+            error = error if ranks.world_size > 1 else None
+            _finish(live, ran, _stopped(state, "requested", "states() was left early"), error)
             raise
-        except BaseException as error:
-            _finish(live, ran, _stopped(state, "error", f"{type(error).__name__}: {error}"), error)
+        except BaseException as wrong:
+            _finish(live, ran, _stopped(state, "error", f"{type(wrong).__name__}: {wrong}"), wrong)
             raise
         state = _finish(live, ran, state, None)
     except BaseException as error:
@@ -193,22 +198,28 @@ def _accept(gated: Gated, old: TrainState, new: TrainState) -> TrainState:
 
 def _finish(live: list[Gated], ran: dict[int, int], state: TrainState, error: BaseException | None) -> TrainState:
     """Run `after_train` of every hook, each after its `at_end`; `ran` says at which step an at_end hook ran last."""
-    last, first = state, error
+    last, first, ranks = state, error, state.run.ranks
+    silent = error is not None and ranks.world_size > 1  # other ranks may not answer any more
     trained = error is None and state.step > state.run.start_step
     hurried = state.run.stop is not None and state.run.stop.at_once
     for gated in live:
+        if silent and first is not None and gated.hook.communicates:
+            first.add_note(f"after_train of hook {gated.hook.name!r} was skipped: other ranks may not answer any more")
+            continue
         # A state that after_train changed (the last evaluation's best score, say) is saved again.
         stale = gated.hook.saves and any(_differ(getattr(state, name), getattr(last, name)) for name in SAVED)
+        if gated.hook.saves and gated.hook.communicates and ranks.world_size > 1:
+            stale = bool(ranks.most(stale))  # of ranks that hold parts, the part of one may be as it was
         due = gated.at_end and trained and (stale or ran.get(id(gated)) != last.step)
         due &= gated.hook.saves or not hurried
-        if error is not None and gated.hook.communicates and state.run.ranks.world_size > 1:
-            error.add_note(f"after_train of hook {gated.hook.name!r} was skipped: other ranks may not answer any more")
-            continue
         for callback in (gated.hook.after_step if due else None, gated.hook.after_train):
             try:
                 state = _call([(gated, callback, None)], state, None) if callback else state
             except BaseException as later:
                 first = _noted(first, later)
+                silent |= gated.hook.communicates and ranks.world_size > 1
+                if silent:
+                    break
     if error is not first and first is not None:
         raise first
     return state

@@ -47,11 +47,11 @@ class Ranks:
         """Wait for all ranks."""
 
     def aside(self) -> "Ranks":
-        """Return a channel of its own, for a thread that communicates beside the training."""
+        """Return a channel of its own, for a thread that communicates beside the training; to be closed."""
         return self
 
     def close(self) -> None:
-        """Give back a channel that `aside` made."""
+        """Give up a channel that `aside` made; the one method that each rank may call when it likes."""
 
 
 ALONE = Ranks()

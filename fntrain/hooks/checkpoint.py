@@ -16,7 +16,7 @@ from fntrain.errors import CheckpointError
 from fntrain.hook import AnyHook, Hook, hook, resource
 from fntrain.ranks import ALONE, agreed
 from fntrain.shell.directory import agreed as agreed_on
-from fntrain.shell.directory import complete, readable, remove, retain, set_aside, step_of
+from fntrain.shell.directory import complete, nothing, readable, remove, retain, set_aside, step_of
 from fntrain.shell.files import check_files
 from fntrain.shell.remote import Place, place
 from fntrain.shell.saver import Saver
@@ -118,10 +118,8 @@ class _Live:
             del batch  # or it would live until the next one is there
 
     def wait(self, state: TrainState) -> None:
-        """Wait until what was saved is on the disk, on all ranks."""
-        if self.saver is not None:
-            self.saver.wait()
-        state.run.ranks.barrier()
+        """Wait until what was saved is on the disk, on all ranks; what went wrong on one is raised on all."""
+        agreed_on(state.run.ranks, nothing if self.saver is None else self.saver.wait)
 
     def write(self, state: TrainState, keep: Callable[[list[int]], Collection[int]]) -> None:
         if self.saver is None:

@@ -56,8 +56,9 @@ class PreciseBN:
             share = islice(
                 enumerate(self.data), ranks.rank, self.num_batches, ranks.world_size
             )  # whole ones: shared out
+            syncs = any(isinstance(one, nn.SyncBatchNorm) and one.training for one in self.model.modules())
             with _measuring(layers.values()) as found:
-                for number, batch in alongside(share, self.data, ranks):
+                for number, batch in alongside(share, self.data, ranks, together=syncs):
                     seed_generators(state.seed, state.step, _USE, max(number, 0))
                     self.forward(self.model, map_batch(lambda tensor: tensor.to(device, non_blocking=True), batch))
                     if number != NOBODYS:

@@ -324,7 +324,8 @@ def agreed(ranks: Ranks, work: Callable[[], T], kinds: Any = CheckpointError) ->
         problem, cause = str(error), error
     everyone = ranks.gather((done, problem))
     if problems := [f"rank {rank}: {why}" for rank, (_, why) in enumerate(everyone) if why is not None]:
-        raise CheckpointError("; ".join(problems)) from cause
+        alike = problem is not None and all(why == problem for _, why in everyone)
+        raise CheckpointError(problem if alike else "; ".join(problems)) from cause
     return [done for done, _ in everyone]
 
 

@@ -68,7 +68,7 @@ class Exchanging:
     def sums(self, numbers: Sequence[Scalar], device: torch.device) -> Callable[[], list[Tensor]]:
         """Begin to add up numbers over ranks, in float64; the function returned waits for them."""
         with torch.no_grad():
-            mine = torch.stack([torch.as_tensor(one, device=device).detach().double().reshape(()) for one in numbers])
+            mine = torch.stack([_double(one, device) for one in numbers])
         work: Any = dist.all_reduce(mine, async_op=True)
 
         def wait() -> list[Tensor]:
@@ -133,6 +133,13 @@ class Replicas(Exchanging):
     def divide(self, divisor: Callable[[], Tensor] | None) -> None:
         """Remember what gradients are to be divided by."""
         self.adding.divisor = divisor
+
+
+def _double(number: Scalar, device: torch.device) -> Tensor:
+    """A number in float64 on a device, which nobody waits for: those of the host are filled in, not copied."""
+    if isinstance(number, Tensor):
+        return number.detach().to(device, torch.float64).reshape(())
+    return torch.full((), float(number), dtype=torch.float64, device=device)
 
 
 class _Adding:

@@ -149,6 +149,13 @@ def connected(place: Placed, *, timeout: timedelta, store: Any = None) -> Iterat
     on_gpu = many >= place.local_world_size
     if on_gpu:
         torch.cuda.set_device(place.local_rank)
+    elif many and place.rank == 0:
+        _log.warning(
+            "this process sees %d GPUs for %d processes of its machine: they talk by way of the host (gloo), which is "
+            "slow, and may share a GPU; let every process see all GPUs (SLURM: --gpus-per-node, no --gpus-per-task)",
+            many,
+            place.local_world_size,
+        )
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world_size))
     at: dict[str, Any] = {"store": store} if store is not None else {}

@@ -1,5 +1,6 @@
 """The ranks of this process: what `fntrain.ranks` asks, answered by torch.distributed."""
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -42,10 +43,11 @@ class Connected(Ranks):
         self.most(0)
 
     def aside(self) -> Ranks:
-        return Connected(dist.new_group(backend="gloo"), together=self.together)
+        return Connected(_group(), together=self.together)
 
     def close(self) -> None:
-        dist.destroy_process_group(self.group)
+        with suppress(ValueError):  # all groups are gone already
+            dist.destroy_process_group(self.group)
 
 
 def ranks() -> Ranks:
@@ -62,5 +64,12 @@ def ranks() -> Ranks:
     world = dist.group.WORLD
     if world not in _made:
         _made.clear()  # of a process group that is gone
-        _made[world] = Connected(dist.new_group(backend="gloo"))
+        _made[world] = Connected(_group())
     return _made[world]
+
+
+def _group() -> Any:
+    """A gloo group of all ranks; it waits as long as the process group does, torch's default is half an hour."""
+    world: Any = dist.group.WORLD
+    options = getattr(world._get_backend(world._device_types[0]), "options", None)
+    return dist.new_group(backend="gloo", timeout=getattr(options, "_timeout", None))

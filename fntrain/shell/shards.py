@@ -51,7 +51,6 @@ class Shards(Exchanging):
         blocks = [] if wrap is None else [name for name, module in step.model.named_modules() if wrap(name, module)]
         check(step, blocks)
         super().__init__(Connected(here.group, together=True))
-        self.group = here.group
         self.both = ModelAndLoss(step.model, step.loss_fn)
         self.share([*step.slots.params.values(), *step.slots.buffers.values()])
         for name in step.bound.frozen:
@@ -107,9 +106,7 @@ class Shards(Exchanging):
 
     def missing(self, number: int) -> int:
         """How many micro-batches this rank has fewer than another: each of their forwards gathers parts of all."""
-        most = torch.tensor(number)
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
-        return int(most) - number
+        return self.ranks.most(number) - number
 
     def clear(self) -> None:
         """Drop gradients that were left."""

@@ -1,13 +1,18 @@
 """distribute: several ranks do the step that one process does."""
 
 import functools
+from datetime import timedelta
 
 import attrs
 import jobs
 import pytest
 import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fntrain as ft
+from fntrain.shell import exchange
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
@@ -62,3 +67,40 @@ def test_ranks_whose_data_come_in_another_order_are_refused(ranks):
     """Their shares would not make up one batch."""
     with pytest.raises(RuntimeError, match=r"ValueError: data: rank 1 has \{.*'seed': 1.*rank 0 has \{.*'seed': 0"):
         ranks(2)(with_another_seed_per_rank)
+
+
+def time_limits():
+    """Of the process group, and of the channels between ranks."""
+    here = ft.shell.ranks()
+    aside = here.aside()
+    groups = (dist.group.WORLD, here.group, aside.group)
+    limits = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+    aside.close()
+    return limits
+
+
+def test_channels_wait_as_long_as_the_process_group(ranks):
+    """Not torch's half an hour."""
+    for limits in ranks(2)(time_limits):
+        assert set(limits) == {timedelta(seconds=60)}
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies from device to device."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("number", [3, 2.5, True])
+def test_numbers_to_add_up_are_not_copied_to_the_device(number):
+    """A copy from the host's memory would wait for all that the device has to do."""
+    with FakeTensorMode(), Copies() as copies:
+        found = exchange._double(number, torch.device("cuda"))
+    assert copies.number == 0 and (found.device.type, found.dtype, found.shape) == ("cuda", torch.float64, ())
+    assert exchange._double(number, torch.device("cpu")).item() == number

@@ -228,6 +228,32 @@ def test_precise_statistics_are_those_of_one_process(ranks, size, batch_size, nu
             assert torch.allclose(buffers[name], alone[name], rtol=1e-6, atol=1e-7)
 
 
+class Synced(nn.SyncBatchNorm):
+    """As on a GPU: every forward in train mode waits for all ranks."""
+
+    def forward(self, x):
+        if self.training:
+            ft.shell.ranks().barrier()
+        return F.batch_norm(x, None, None, self.weight, self.bias, training=True)
+
+
+def synced(num_batches):
+    torch.manual_seed(0)
+    model = nn.Sequential(Synced(6), nn.Linear(6, 3))
+    data = [sample["x"] for sample in Samples(4 * num_batches)]
+    state = ft.init_state(model, ft.optimizer(torch.optim.SGD, lr=0.1))
+    state = state.replace(run=Run(ranks=ft.shell.ranks()))
+    hook = ft.hooks.precise_bn(model, data, every=1, batch_size=4)
+    return hook.hook.after_step(state).buffers["0.running_mean"].clone(), torch.stack(data).mean(0)
+
+
+@pytest.mark.parametrize("num_batches", [1, 2, 5])
+def test_precise_bn_of_synchronised_layers_waits_for_nobody(ranks, num_batches):
+    """Ranks without a batch left help the others."""
+    for found, mean in ranks(2)(synced, num_batches, timeout=20):
+        assert torch.allclose(found, mean, atol=1e-6)
+
+
 def test_ranks_that_hold_parts_measure_together(ranks):
     """5 batches for 3 ranks: one of them helps the others with a forward that is not measured."""
     for buffers, mean, var in ranks(3)(functools.partial(population, 19, 4, strategy="fsdp")):

@@ -1,5 +1,6 @@
 """Hooks of several ranks: the same decisions on all, those of one process; nothing waits for ever."""
 
+import contextlib
 import copy
 import functools
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import fntrain as ft
-from fntrain.errors import ReplicaError
+from fntrain.errors import CheckpointError, ReplicaError
 from fntrain.shell.checkpoint import checkpoints
 
 
@@ -386,6 +387,64 @@ def test_an_error_of_one_rank_does_not_make_it_wait(ranks):
 
 def raising():
     raise RuntimeError(failing(1)[0])
+
+
+def failing_at_the_end(directory, what):
+    """One rank fails after the last step; others are then in a collective of the hook, or past it."""
+
+    def asked(state):
+        if what == "hook" and state.run.ranks.rank == 1:
+            raise RuntimeError("no more")
+        state.run.ranks.gather("of the first hook")
+
+    def full(*args, **kwargs):
+        raise CheckpointError("No space left on device")
+
+    step_fn, state, data = jobs.parts()
+    hooks = [
+        ft.hook(after_train=asked, communicates=True),
+        ft.hooks.checkpoint(directory, every=9),
+        ft.hook(after_train=lambda state: state.run.ranks.gather("of the last hook"), communicates=True),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        if what == "save":
+            patch.setattr("fntrain.shell.saver.commit", full)
+        return refused(lambda: ft.fit(ft.shell.distribute(step_fn), hooks, state=state, data=data, max_steps=2))
+
+
+def raising_at_the_end(directory):
+    told = failing_at_the_end(directory, "hook")
+    assert "hook 'checkpoint' was skipped: other ranks may not answer any more" in told
+    raise RuntimeError(told)
+
+
+def test_an_error_of_one_rank_after_the_last_step_does_not_make_it_wait(ranks, tmp_path):
+    """Its other hooks' collectives would meet those that the other ranks wait in."""
+    with pytest.raises(RuntimeError, match=r"(?s)rank 1: .*no more"):
+        ranks(2)(raising_at_the_end, tmp_path, timeout=20)
+
+
+def test_a_last_save_that_fails_is_an_error_on_all_ranks(ranks, tmp_path):
+    """The first rank alone saves what all hold."""
+    for told in ranks(2)(failing_at_the_end, tmp_path, "save", timeout=20):
+        assert "CheckpointError: rank 0: No space left" in told
+
+
+def raising_in_the_loop():
+    """One rank's own loop over the states fails."""
+    step_fn, state, data = jobs.parts()
+    hooks = [ft.hooks.check_replicas(every=9), ft.hooks.write_metrics(ft.writers.memory(), every=9)]
+    states = ft.states(ft.shell.distribute(step_fn), hooks, state=state, data=data, max_steps=9)
+    with contextlib.closing(states):
+        for state in states:
+            if state.step == 2 and state.run.ranks.rank == 1:
+                raise RuntimeError("no more")
+
+
+def test_an_error_of_one_rank_in_the_loop_over_states_does_not_make_it_wait(ranks):
+    """Nobody answers what its hooks would ask at the end."""
+    with pytest.raises(RuntimeError, match=r"(?s)rank 1: .*no more.*after_train of hook 'write_metrics' was skipped"):
+        ranks(2)(raising_in_the_loop, timeout=20)
 
 
 def reported_on_main():

@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from pool import Pool
 
 import fntrain as ft
-from fntrain import CheckpointError
+from fntrain import CheckpointError, tree
 from fntrain.__main__ import main
 from fntrain.shell import directory as shell
 from fntrain.shell.checkpoint import checkpoints
@@ -292,6 +292,43 @@ def test_trouble_of_one_rank_is_an_error_on_all(ranks, tmp_path, what, asynchron
     steps = [1, 2, 3, 4] if what == "retain" else [1, 2, 3]
     found = sorted(candidates(tmp_path))
     assert [ft.load(path).step for path in found] == steps
+
+
+def changed_at_the_end(directory):
+    """A hook changes the part of one rank after the last step, which is on the disk already."""
+
+    def change(state):
+        weight = state.params["layers.0.weight"]
+        part = weight.to_local().clone() + (state.run.ranks.rank == 1)
+        return state.replace(params={**state.params, "layers.0.weight": tree.relocated(weight, part)})
+
+    step_fn, state, data = parts("fsdp")
+    hooks = [ft.hook(after_train=change), ft.hooks.checkpoint(directory, every=1)]
+    final = ft.fit(step_fn, hooks, state=state, data=data, max_steps=2)
+    return whole(final)
+
+
+def test_what_one_rank_changed_after_the_last_step_is_saved_by_all(ranks, tmp_path):
+    """Whether to save again is agreed."""
+    found, _ = ranks(2)(changed_at_the_end, tmp_path, timeout=20)
+    assert same(whole(ft.load(tmp_path / "step_00000002")), found)
+
+
+def groups(directory):
+    """How many process groups there are after each of some runs."""
+    found = []
+    for number in range(3):
+        step_fn, state, data = parts("fsdp")
+        saving = ft.hooks.checkpoint(f"{directory}/{number}", every=1)
+        ft.fit(step_fn, [saving], state=state, data=data, max_steps=1)
+        found.append(len(torch.distributed.distributed_c10d._world.pg_map))
+    return found
+
+
+def test_a_run_leaves_no_process_group_behind(ranks, tmp_path):
+    """Each has sockets and threads."""
+    for found in ranks(2)(groups, tmp_path):
+        assert len(set(found)) == 1
 
 
 def forgot(directory):

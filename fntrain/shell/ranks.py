@@ -1,5 +1,7 @@
 """The ranks of this process: what `fntrain.ranks` asks, answered by torch.distributed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,25 +26,49 @@ class Connected(Ranks):
 
     def gather(self, value: Any, *, only_first: bool = False) -> list[Any]:
         found: list[Any] = [None] * self.world_size
-        if not only_first:
-            dist.all_gather_object(found, value, group=self.group)
-        elif self.rank == 0:
-            dist.gather_object(value, found, group=self.group)
-        else:
-            dist.gather_object(value, group=self.group)
-            found = []
+        with _waiting(self):
+            if not only_first:
+                dist.all_gather_object(found, value, group=self.group)
+            elif self.rank == 0:
+                dist.gather_object(value, found, group=self.group)
+            else:
+                dist.gather_object(value, group=self.group)
+                found = []
         return found
 
     def most(self, number: int) -> int:
         flag = torch.tensor(number, dtype=torch.int64)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        with _waiting(self):
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
         return int(flag)
 
     def barrier(self) -> None:
         self.most(0)
 
     def aside(self) -> Ranks:
-        return Connected(dist.new_group(backend="gloo"), together=self.together)
+        return Connected(_channel(), together=self.together)
+
+
+@contextmanager
+def _waiting(here: Ranks) -> Iterator[None]:
+    """Say what an error of the connection means."""
+    try:
+        yield
+    except RuntimeError as error:
+        error.add_note(
+            f"rank {here.rank} of {here.world_size} waited for the others here: one failed, ended or never comes; "
+            "evaluations, ft.save and hooks that communicate must be called by all ranks, in the same order"
+        )
+        raise
+
+
+def _channel() -> Any:
+    """Make a group of all ranks that is as patient as their process group; by itself it would wait for 30 minutes."""
+    world: Any = dist.group.WORLD
+    timeout = None
+    for device in world._device_types:
+        timeout = getattr(getattr(world._get_backend(device), "options", None), "_timeout", timeout)
+    return dist.new_group(backend="gloo", timeout=timeout)
 
 
 def ranks() -> Ranks:
@@ -59,5 +85,5 @@ def ranks() -> Ranks:
     world = dist.group.WORLD
     if world not in _made:
         _made.clear()  # of a process group that is gone
-        _made[world] = Connected(dist.new_group(backend="gloo"))
+        _made[world] = Connected(_channel())
     return _made[world]

@@ -19,7 +19,7 @@ from fntrain.fold import fit
 from fntrain.hook import flatten
 from fntrain.optim import BoundOptimizer
 from fntrain.recipe import Job, Recipe, Result, build, run
-from fntrain.shell.launch import launch, placed
+from fntrain.shell.launch import check_processes, launch, placed
 from fntrain.shell.setup import setup
 from fntrain.tree import named_leaves
 
@@ -87,6 +87,10 @@ def main(recipe: Recipe, args: Sequence[str] | None = None) -> Result | None:
     train.__defaults__ = (recipe.config, *(train.__defaults__ or ()))
     try:
         config, resume, eval_only, dry_run, processes = tyro.cli(train, args=args)
+        try:
+            check_processes(**processes)
+        except ValueError as error:
+            raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from error
     except ConfigError as error:  # one value that can't be, as argparse has it
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(2) from error

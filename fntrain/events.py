@@ -13,7 +13,8 @@ import attrs
 import torch
 from torch import Tensor
 
-Reduce = Literal["mean", "sum", "max", "min", "same"]
+Combine = Literal["mean", "sum", "max", "min"]
+Reduce = Literal[Combine, "same"]
 Smooth = Literal["median", "latest", "sum", "each"]
 Scalar = Tensor | float
 
@@ -81,7 +82,7 @@ class Collector:
 _current: ContextVar[Collector] = ContextVar("fntrain_collector")
 
 
-def put_scalar(name: str, value: Scalar | int, *, reduce: Reduce = "mean", smooth: bool = True) -> None:
+def put_scalar(name: str, value: Scalar | int, *, reduce: Combine = "mean", smooth: bool = True) -> None:
     """Report a number from inside a step; it appears in `state.metrics`.
 
     A tensor is detached and copied, never synchronised with the host. Calls during a backward (recomputation by
@@ -118,7 +119,7 @@ def put_scalar(name: str, value: Scalar | int, *, reduce: Reduce = "mean", smoot
     collector.scalars.setdefault(key, []).append(value)
 
 
-def put_scalars(values: Mapping[str, Scalar | int], *, reduce: Reduce = "mean", smooth: bool = True) -> None:
+def put_scalars(values: Mapping[str, Scalar | int], *, reduce: Combine = "mean", smooth: bool = True) -> None:
     """Report several numbers, see `put_scalar`.
 
     Example:

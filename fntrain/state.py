@@ -166,6 +166,7 @@ def named_leaves(state: TrainState) -> Iterator[tuple[str, tree.Leaf]]:
 def digest(state: TrainState) -> str:
     """Return 16 hexadecimal digits that are equal for two states exactly when the states are (`==`).
 
+    Of a state in parts (strategy "fsdp") it is of this rank's part; a checkpoint of it, loaded, is whole.
     Cost: reads every saved byte once; a device transfer for tensors on a GPU.
 
     Example:

@@ -88,6 +88,21 @@ def refused(capsys, *args, recipe=EVERY):
 # Flags.
 
 
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (("--num-processes", 0), "ConfigError: --num-processes: got 0, expected a whole number >= 1\n"),
+        (
+            ("--num-machines", 2),
+            'ConfigError: --rendezvous: got None, expected "host:port" of the first of 2 machines\n',
+        ),
+    ],
+)
+def test_numbers_of_processes_that_can_t_be_are_refused_as_flags(capsys, args, told):
+    """By one line, not by a traceback."""
+    assert refused(capsys, *args) == (2, told)
+
+
 def test_help_shows_every_field_with_its_words_and_the_recipe_s_own_default(capsys, monkeypatch):
     """Defaults are those of the recipe's config, not of its class; nested fields have dots."""
     monkeypatch.setenv("COLUMNS", "200")

@@ -13,6 +13,7 @@ from typing import Any
 
 import attrs
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -76,6 +77,17 @@ def in_place(
     tenant = next(iter(Home.of(step_fn.slots.params).tenants), None)
     if tenant is not None and tenant.step is step_fn and tenant.debug == debug:
         return tenant  # type: ignore[no-any-return]  # the same step: a line run again in a notebook
+    if (
+        step_fn.exchange is None
+        and dist.is_available()
+        and dist.is_initialized()
+        and (size := dist.get_world_size()) > 1
+    ):
+        _log.warning(
+            "in_place: each of the %d processes trains by itself, on whole batches; for one training of all of them "
+            "give the pure step to ft.shell.distribute",
+            size,
+        )
     return InPlace(step_fn, debug)
 
 

@@ -68,19 +68,7 @@ def launch(
 
     Source: detectron2's launch; torch.distributed.elastic
     """
-    for name, value, low in (
-        ("num_processes", num_processes, 1),
-        ("num_machines", num_machines, 1),
-        ("machine_rank", machine_rank, 0),
-        ("max_restarts", max_restarts, 0),
-    ):
-        whole(name, value, low)
-    if machine_rank >= num_machines:
-        raise ValueError(f"machine_rank: got {machine_rank}, expected less than num_machines={num_machines}")
-    if num_machines > 1 and not re.fullmatch(r".+:\d+", rendezvous or ""):
-        raise ValueError(
-            f'rendezvous: got {rendezvous!r}, expected "host:port" of the first of {num_machines} machines'
-        )
+    check_processes(num_processes, num_machines, machine_rank, rendezvous, max_restarts)
     if dist.is_available() and dist.is_initialized():
         fn()
     elif (place := placed(os.environ)) is not None:
@@ -95,6 +83,25 @@ def launch(
             _launch_elastic(fn, num_processes, num_machines, machine_rank, rendezvous, max_restarts, timeout)
         else:
             _launch_here(fn, num_processes, max_restarts, timeout)
+
+
+def check_processes(
+    num_processes: int, num_machines: int, machine_rank: int, rendezvous: str | None, max_restarts: int
+) -> None:
+    """Raise ValueError for numbers that `launch` can't do."""
+    for name, value, low in (
+        ("num_processes", num_processes, 1),
+        ("num_machines", num_machines, 1),
+        ("machine_rank", machine_rank, 0),
+        ("max_restarts", max_restarts, 0),
+    ):
+        whole(name, value, low)
+    if machine_rank >= num_machines:
+        raise ValueError(f"machine_rank: got {machine_rank}, expected less than num_machines={num_machines}")
+    if num_machines > 1 and not re.fullmatch(r".+:\d+", rendezvous or ""):
+        raise ValueError(
+            f'rendezvous: got {rendezvous!r}, expected "host:port" of the first of {num_machines} machines'
+        )
 
 
 @attrs.frozen

@@ -1,6 +1,7 @@
 """The ranks of this process: what `fntrain.ranks` asks, answered by torch.distributed."""
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -25,18 +26,20 @@ class Connected(Ranks):
 
     def gather(self, value: Any, *, only_first: bool = False) -> list[Any]:
         found: list[Any] = [None] * self.world_size
-        if not only_first:
-            dist.all_gather_object(found, value, group=self.group)
-        elif self.rank == 0:
-            dist.gather_object(value, found, group=self.group)
-        else:
-            dist.gather_object(value, group=self.group)
-            found = []
+        with _waiting(self):
+            if not only_first:
+                dist.all_gather_object(found, value, group=self.group)
+            elif self.rank == 0:
+                dist.gather_object(value, found, group=self.group)
+            else:
+                dist.gather_object(value, group=self.group)
+                found = []
         return found
 
     def most(self, number: int) -> int:
         flag = torch.tensor(number, dtype=torch.int64)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        with _waiting(self):
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
         return int(flag)
 
     def barrier(self) -> None:
@@ -48,6 +51,19 @@ class Connected(Ranks):
     def close(self) -> None:
         with suppress(ValueError):  # all groups are gone already
             dist.destroy_process_group(self.group)
+
+
+@contextmanager
+def _waiting(here: Ranks) -> Iterator[None]:
+    """Say what an error of the connection means."""
+    try:
+        yield
+    except RuntimeError as error:
+        error.add_note(
+            f"rank {here.rank} of {here.world_size} waited for the others here: one failed, ended or never comes; "
+            "evaluations, ft.save and hooks that communicate must be called by all ranks, in the same order"
+        )
+        raise
 
 
 def ranks() -> Ranks:

@@ -179,9 +179,10 @@ def _cast(dtype: torch.dtype, tensor: Tensor) -> Tensor:
 
 def check(step: SupervisedStep, blocks: Sequence[str]) -> None:
     """Refuse what would look at a part as if it were the whole, and what torch can't split, before anything changes."""
-    for name, param in step.slots.params.items():
+    for name, param in step.model.named_parameters():  # now: the step may be from before they were split
         if local(param) is not param:
             raise ValueError(f"model: {name!r} is split over ranks already; build the model anew for another step")
+    for name, param in step.slots.params.items():
         if not param.ndim or not param.is_contiguous():
             kind = "has no dimension" if not param.ndim else "is not contiguous"
             raise ValueError(f"model: {name!r} {kind}, so it can't be split by rows; change it, or use strategy='ddp'")

@@ -46,6 +46,17 @@ def report(directory):
         file.write(f"{dist.get_world_size()} {total:g} {os.environ.get('LOCAL_RANK')} {os.environ.get('FOR_RANKS')}\n")
 
 
+def wait_alone(directory):
+    """Rank 1 never comes to where rank 0 waits."""
+    here = ft.shell.ranks()
+    aside = here.aside()
+    here.barrier()
+    if here.rank == 0:
+        (Path(directory) / "failed at").write_text(repr(time.time()))
+        aside.gather(1)
+    until(lambda: False)
+
+
 def nested(directory):
     launch(partial(report, directory), 5)
 

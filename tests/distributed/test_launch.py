@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -123,6 +124,13 @@ def test_one_rank_that_fails_ends_the_job_and_is_named_first(tmp_path, how, othe
         launch(partial(launched.fail, how, others, tmp_path), 2)
     assert time.time() - float((tmp_path / "failed at").read_text()) < SOON
     assert re.match(TOLD[how], str(caught.value)), str(caught.value)
+
+
+def test_a_rank_that_waits_alone_says_so_after_the_timeout(tmp_path):
+    """The timeout is also that of what the library itself exchanges, for which torch's own would be 30 minutes."""
+    with pytest.raises(ft.LaunchError, match=r"rank 0 of 2 waited for the others here: (.|\n)*by all ranks"):
+        launch(partial(launched.wait_alone, tmp_path), 2, timeout=timedelta(seconds=2))
+    assert time.time() - float((tmp_path / "failed at").read_text()) < 2 + SOON
 
 
 def test_a_hook_that_raises_on_one_rank_ends_the_job(tmp_path):

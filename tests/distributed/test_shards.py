@@ -374,6 +374,8 @@ def refusals():
     strided.weight = nn.Parameter(torch.zeros(3, 3).t())
     sgd = ft.optimizer(torch.optim.SGD, lr=0.1)
     running, left = parted()[0], parted()[0].step.model
+    former = odd_parts()[0]
+    ft.shell.distribute(former, "fsdp")
     gc.collect()  # of that step only the model is left
     cases = {
         "Adafactor": lambda: odd_parts((torch.optim.Adafactor, {"lr": 0.1}))[0],
@@ -382,6 +384,7 @@ def refusals():
         "not contiguous": lambda: ft.supervised_step(strided, jobs.mean_loss, sgd),
         "another step runs in place": lambda: ft.supervised_step(running.step.model, jobs.mean_loss, sgd),
         "split over ranks already": lambda: ft.supervised_step(left, jobs.mean_loss, sgd),
+        "build the model anew": lambda: former,  # a step from before its model was split
     }
     if hasattr(torch.optim, "Muon"):
         sole = nn.Linear(3, 3, bias=False)

@@ -1,9 +1,18 @@
 """Ranks for the tests of this directory."""
 
+from pathlib import Path
+
 import pytest
 from pool import Pool
 
 _pools = {}
+
+
+def pytest_collection_modifyitems(items):
+    """Processes start slowly where others share the machine: a limit against hangs, not on speed."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(600))
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ def say(*words):
     print(" ".join(map(str, words)) + "\n", end="", flush=True)
 
 
-def until(condition, seconds=60):
+def until(condition, seconds=300):
     late = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > late:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from fntrain.shell.launch import PRELOAD, Placed, connected
 
-TIMEOUT = 60.0
+TIMEOUT = 300.0
 
 
 class Pool:

@@ -421,12 +421,12 @@ def raising_at_the_end(directory):
 def test_an_error_of_one_rank_after_the_last_step_does_not_make_it_wait(ranks, tmp_path):
     """Its other hooks' collectives would meet those that the other ranks wait in."""
     with pytest.raises(RuntimeError, match=r"(?s)rank 1: .*no more"):
-        ranks(2)(raising_at_the_end, tmp_path, timeout=20)
+        ranks(2)(raising_at_the_end, tmp_path, timeout=120)
 
 
 def test_a_last_save_that_fails_is_an_error_on_all_ranks(ranks, tmp_path):
     """The first rank alone saves what all hold."""
-    for told in ranks(2)(failing_at_the_end, tmp_path, "save", timeout=20):
+    for told in ranks(2)(failing_at_the_end, tmp_path, "save", timeout=120):
         assert "CheckpointError: rank 0: No space left" in told
 
 
@@ -444,7 +444,7 @@ def raising_in_the_loop():
 def test_an_error_of_one_rank_in_the_loop_over_states_does_not_make_it_wait(ranks):
     """Nobody answers what its hooks would ask at the end."""
     with pytest.raises(RuntimeError, match=r"(?s)rank 1: .*no more.*after_train of hook 'write_metrics' was skipped"):
-        ranks(2)(raising_in_the_loop, timeout=20)
+        ranks(2)(raising_in_the_loop, timeout=120)
 
 
 def reported_on_main():

@@ -310,7 +310,7 @@ def changed_at_the_end(directory):
 
 def test_what_one_rank_changed_after_the_last_step_is_saved_by_all(ranks, tmp_path):
     """Whether to save again is agreed."""
-    found, _ = ranks(2)(changed_at_the_end, tmp_path, timeout=20)
+    found, _ = ranks(2)(changed_at_the_end, tmp_path, timeout=120)
     assert same(whole(ft.load(tmp_path / "step_00000002")), found)
 
 
@@ -510,7 +510,7 @@ def test_a_rank_killed_while_saving_leaves_the_checkpoint_before(ranks, tmp_path
     killed = Pool(2)
     try:
         with pytest.raises(RuntimeError, match="ended without a word|Connection|rank 0"):
-            killed.run(functools.partial(dying, tmp_path / "runs", number), timeout=30)
+            killed.run(functools.partial(dying, tmp_path / "runs", number), timeout=120)
     finally:
         killed.close()
     newest = ft.latest(tmp_path / "runs", verify="full")

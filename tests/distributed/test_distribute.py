@@ -9,6 +9,7 @@ import jobs
 import pytest
 import torch
 import torch.distributed as dist
+from pool import TIMEOUT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -107,7 +108,7 @@ def time_limits():
 def test_channels_wait_as_long_as_the_process_group(ranks):
     """Not torch's half an hour."""
     for limits in ranks(2)(time_limits):
-        assert set(limits) == {timedelta(seconds=60)}
+        assert set(limits) == {timedelta(seconds=TIMEOUT)}
 
 
 class Copies(TorchDispatchMode):

@@ -6,8 +6,9 @@ step: in the same processes, in turns, in an order drawn anew every round: `ft.s
 same with metrics written every 20 steps, and a loop by hand (forward, backward, fused AdamW, on
 DistributedDataParallel with its own hook; with clipping by norm, as ours). The batches of a rank are ready-made. What
 a round takes is the time of rank 0 between two barriers.
-bytes: what a step hands to collectives, by counting the calls.
-collectives: the pieces that ours adds: the sums of a step, the question whether to stop, the exchange of a write.
+bytes: what a step hands to collectives, by counting the calls; sums of a step and the question whether to stop travel
+with the gradients.
+collectives: what messages of their own take, and the exchange of a write of metrics.
 Start-up is in start_up.py.
 """
 
@@ -39,6 +40,7 @@ from harness import (
     write_json,
 )
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fntrain as ft
 
@@ -59,6 +61,21 @@ class OwnBatches:
 
     def at(self, position: int) -> Iterator[Batch]:
         return islice(cycle(self.batches), position % len(self.batches), None)
+
+
+class Collectives(TorchDispatchMode):
+    """Calls and bytes by kind, of torch's own reducer too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, list[int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            calls = self.found.setdefault(func._opname, [0, 0])
+            calls[0] += 1
+            calls[1] += sum(tensor.nbytes for tensor in args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def by_hand(name: str, *, clip: bool) -> Run:
@@ -122,21 +139,9 @@ def count_bytes(name: str, out: Path) -> None:
     torch.set_num_threads(1)
     run = ours(name)
     run(2)
-    found: dict[str, list[int]] = {}
-    real = {kind: getattr(dist, kind) for kind in ("all_reduce", "_broadcast_coalesced")}
-
-    def counting(kind: str, *args: Any, **options: Any) -> Any:
-        tensors = [args[0]] if kind == "all_reduce" else args[1]
-        calls = found.setdefault(kind, [0, 0])
-        calls[0] += 1
-        calls[1] += sum(tensor.nbytes for tensor in tensors)
-        return real[kind](*args, **options)
-
-    for kind in real:
-        setattr(dist, kind, partial(counting, kind))
-    run(10)
-    for kind, fn in real.items():
-        setattr(dist, kind, fn)
+    with Collectives() as counted:
+        run(10)
+    found = counted.found
     if ft.shell.ranks().rank == 0:
         size = sum(param.nbytes for param in make_case(name, 1).model.parameters())
         out.write_text(
@@ -150,8 +155,8 @@ def time_collectives(out: Path, repeats: int = 200) -> None:
     row = [(f"metric{index}", step, 0.5) for index in range(8) for step in range(20)]
     vector = torch.zeros(3, dtype=torch.float64)
     pieces: dict[str, Callable[[], object]] = {
-        "sums of a step (24 bytes)": lambda: dist.all_reduce(vector),
-        "stop? (8 bytes)": lambda: here.most(0),
+        "a message of 24 bytes": lambda: dist.all_reduce(vector),
+        "a question (8 bytes, channel of its own)": lambda: here.most(0),
         "a write (8 metrics of 20 steps)": lambda: here.gather(row),
     }
     found = {}
@@ -207,7 +212,7 @@ def main() -> None:
     rows = []
     for name in args.models.split(","):
         found = numbers[f"bytes {name}"] = in_ranks(2, count_bytes, name)
-        reduced, shared = found["all_reduce"], found.get("_broadcast_coalesced", [0, 0])
+        reduced, shared = found["allreduce_"], found.get("broadcast_", [0, 0])
         rows.append(
             [name, f"{found['gradients']:,}", f"{reduced[1]:,.0f} in {reduced[0]:g} calls", f"{shared[1]:,.0f}"]
         )

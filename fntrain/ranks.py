@@ -39,9 +39,13 @@ class Ranks:
         del only_first
         return [value]
 
+    def ask(self, number: int) -> Callable[[], int]:
+        """Begin to look for the largest of the ranks' numbers; the function returned waits for it."""
+        return lambda: number
+
     def most(self, number: int) -> int:
         """Return the largest of the ranks' numbers."""
-        return number
+        return self.ask(number)()
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -58,13 +62,25 @@ ALONE = Ranks()
 WEIGHT = MetricName("batch_weight", reduce="sum", smooth="sum")  # of this rank's part of the batch, in means over ranks
 
 
-class Exchange(Protocol):
-    """What a step asks of the other ranks: around each forward, before the last backward, and after it.
+@attrs.frozen(eq=False)
+class Asked:
+    """What was asked of the ranks in a step; answers are there after the last backward.
 
-    `divides` says whether gradients come out divided, or the step has to.
+    Args:
+      sums: of the numbers given; as precise as float64.
+      leaving: whether a rank is.
+      share: part of the totals that sums and gradients are: 1 over their number for means over ranks.
+      divided: whether gradients come out divided by the weight already.
     """
 
-    divides: bool
+    sums: Callable[[], list[Scalar]]
+    leaving: Callable[[], bool]
+    share: float = 1.0
+    divided: bool = False
+
+
+class Exchange(Protocol):
+    """What a step asks of the other ranks: around each forward, before the last backward, and after it."""
 
     @property
     def ranks(self) -> Ranks:
@@ -79,14 +95,23 @@ class Exchange(Protocol):
     def forward(self, model: nn.Module, batch: Batch, last: bool) -> Any:
         """Run model and loss on a micro-batch; in the last one gradients meet."""
 
-    def sums(self, numbers: Sequence[Scalar], device: torch.device) -> Callable[[], list[Tensor]]:
-        """Begin to add up numbers over ranks, in float64; the function returned waits for them."""
+    def sums(self, numbers: Sequence[Scalar], device: torch.device) -> Callable[[], list[Scalar]]:
+        """Begin to add up numbers over ranks, in float64; the function returned waits for them.
 
-    def divide(self, divisor: Callable[[], Tensor] | None) -> None:
+        They are tensors where the host would have to wait for the device.
+        """
+
+    def totals(self, numbers: Sequence[Scalar], leaving: bool, device: torch.device) -> "Asked":
+        """Begin, before the last backward, to add up what the forwards gave and to ask whether a rank is leaving."""
+
+    def divide(self, divisor: Callable[[], Scalar] | None) -> None:
         """Say what the gradients, added up over ranks, are to be divided by; before the last backward."""
 
     def finish(self) -> None:
         """Put the gradients where they belong, after the last backward."""
+
+    def reset(self) -> None:
+        """Forget a step that failed, without a word to the other ranks."""
 
     def norm(self, norm: Scalar) -> Scalar:
         """Give the norm of all gradients by that of this rank's."""

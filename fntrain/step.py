@@ -21,12 +21,12 @@ from fntrain import events, grads, tree
 from fntrain.batch import Batch, split_batch
 from fntrain.check import whole
 from fntrain.errors import NonFiniteError
-from fntrain.events import Collector, MetricName, Reduce
+from fntrain.events import Collector, MetricName, Reduce, Scalar
 from fntrain.loss import Loss, Objective, Weighted, WeightsFn, objective
 from fntrain.module import Slots
 from fntrain.optim import BoundOptimizer, Optimizer, lr_scale
 from fntrain.precision import LOSS_SCALE, PRECISIONS, Precision, autocast, loss_scale, next_loss_scale, tf32, unscale_
-from fntrain.ranks import ALONE, WEIGHT, Exchange, Ranks
+from fntrain.ranks import ALONE, WEIGHT, Asked, Exchange, Ranks
 from fntrain.rng import other_states, seed_generators
 from fntrain.state import TrainState
 
@@ -48,6 +48,7 @@ class Work:
     leaves: dict[str, Tensor]  # the parameters to update, gradients in `.grad`, clipped if healthy
     healthy: bool | Tensor  # whether to update; a tensor where the host would have to wait
     changes: dict[str, Any]  # fields of the next state that hold whether it updates or not: metrics, extra
+    given_up: bool = False  # a rank is leaving: the state stays as it is
 
 
 @attrs.frozen(eq=False)
@@ -206,11 +207,14 @@ class SupervisedStep:
         scale = loss_scale(state.extra, device) if self.precision == "fp16" else None
         if self.precision == "tf32":
             with tf32(device):
-                parts, totals = self._backward(batch, device)
+                parts, totals = self._backward(batch, device, leaving=state.run.leaving)
         else:
-            parts, totals = self._backward(batch, device, None if scale is None else scale["scale"])
+            grow = None if scale is None else scale["scale"]
+            parts, totals = self._backward(batch, device, grow, leaving=state.run.leaving)
         if watched is not None:
             _warn_of_draws(watched, other_states())
+        if totals is not None and totals.leaving():
+            return Work({}, False, {}, given_up=True)
         leaves = self._reduced_leaves(parts, None if scale is None else scale["scale"], totals)
         metrics = _report(parts, totals)
         if self.exchange is not None:
@@ -232,7 +236,7 @@ class SupervisedStep:
         return Work(leaves, healthy, changes)
 
     def _backward(
-        self, batch: Batch, device: torch.device, scale: Tensor | None = None
+        self, batch: Batch, device: torch.device, scale: Tensor | None = None, *, leaving: bool
     ) -> tuple[list[tuple[Objective, Collector]], "Totals | None"]:
         """Run forward and backward of every micro-batch, gradients adding up in `.grad`, over ranks in the last one."""
         exchange, totals = self.exchange, None
@@ -266,7 +270,7 @@ class SupervisedStep:
                 continue
             parts.append((part.detached(), collector))
             if last and exchange is not None:
-                totals = Totals.begun(exchange, [one for one, _ in parts], device)
+                totals = Totals.begun(exchange, [one for one, _ in parts], leaving, device)
             grads.backward(part.total if scale is None else part.total * scale)
         if exchange is not None and totals is not None:
             exchange.finish()
@@ -287,8 +291,9 @@ class SupervisedStep:
             raise ValueError("loss_fn: no parameter got a gradient; the loss does not depend on the model")
         if scale is not None:
             unscale_(_grads(leaves), scale)
-        if parts[0][0].divide and (self.exchange is None or not self.exchange.divides):
-            torch._foreach_div_(_grads(leaves), _total_weight(parts) if totals is None else totals.weight)
+        divisor = totals.divisor if totals is not None else _total_weight(parts) if parts[0][0].divide else None
+        if divisor is not None:
+            torch._foreach_div_(_grads(leaves), divisor)
         if self.transform_grads is None:
             return leaves
         before = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
@@ -372,23 +377,29 @@ class Totals:
     """What the ranks' parts of a step add up to, in float64."""
 
     divide: bool
-    sums: Callable[[], list[Tensor]]
-    loss: Tensor = attrs.field(init=False)  # divided like the gradients
-    weight: Tensor = attrs.field(init=False)
-    counts: Tensor = attrs.field(init=False)
+    asked: Asked
+    loss: Scalar = attrs.field(init=False)  # divided like the gradients
+    divisor: Scalar | None = attrs.field(init=False)  # of the gradients; None: they are as they should be
+    counts: Scalar = attrs.field(init=False)  # is 0 if nothing counts
 
     @classmethod
-    def begun(cls, exchange: Exchange, parts: list[Objective], device: torch.device) -> "Totals":
-        """Begin to add up what the forwards gave, and let the gradients be divided by it when they meet."""
+    def begun(cls, exchange: Exchange, parts: list[Objective], leaving: bool, device: torch.device) -> "Totals":
+        """Begin to add up what the forwards gave."""
         divide = parts[0].divide
         mine = [_sum([getattr(part, name) for part in parts]) for name in ("total", "weight", "counts")]
-        sums = exchange.sums(mine, device)
-        exchange.divide((lambda: sums()[1]) if divide else None)
-        return cls(divide, sums)
+        asked = exchange.totals(mine, leaving, device)
+        exchange.divide((lambda: asked.sums()[1]) if divide else None)
+        return cls(divide, asked)
+
+    def leaving(self) -> bool:
+        """Whether a rank leaves instead of doing this step."""
+        return self.asked.leaving()
 
     def wait(self) -> None:
-        loss, self.weight, self.counts = self.sums()
-        self.loss = loss / self.weight if self.divide else loss
+        loss, weight, self.counts, *_ = self.asked.sums()
+        divisor = weight if self.divide else self.asked.share
+        self.loss = loss / divisor if isinstance(divisor, Tensor) or divisor else math.nan
+        self.divisor = None if self.asked.divided or (not self.divide and divisor == 1.0) else divisor
 
 
 def _report(parts: list[tuple[Objective, Collector]], totals: Totals | None) -> dict[str, Any]:
@@ -407,16 +418,19 @@ def _report(parts: list[tuple[Objective, Collector]], totals: Totals | None) -> 
                 f"metrics: {sorted(taken)} are reported by the step or the loss; rename put_scalar or term"
             )
     divisor = _total_weight(parts) if parts[0][0].divide else None
-    values = {"loss": [part.total for part, _ in parts]} | {n: [p.terms[n] for p, _ in parts] for n in terms}
-    sums = {name: _sum(several) for name, several in values.items()}
+    sums = {name: _sum([part.terms[name] for part, _ in parts]) for name in terms}
+    if totals is None:
+        sums = {"loss": _sum([part.total for part, _ in parts]), **sums}
     losses = sums if divisor is None else {name: value / divisor for name, value in sums.items()}
     if totals is None:
         return {**metrics, **losses}
     kind: Reduce = "mean" if parts[0][0].divide else "sum"  # terms with denominators of all ranks are parts of sums
     named: dict[str, Any] = {MetricName(name, kind): value for name, value in losses.items()}
     weight = float(_total_weight(parts)) if divisor is None or not isinstance(divisor, Tensor) else divisor
-    named.pop(LOSS)  # the key stays that of the first writer
-    return {LOSS: totals.loss.to(parts[0][0].total.dtype), **metrics, **named, WEIGHT: weight}
+    named.pop(LOSS, None)  # the key stays that of the first writer
+    total = parts[0][0].total
+    loss = torch.as_tensor(totals.loss, dtype=total.dtype, device=total.device)
+    return {LOSS: loss, **metrics, **named, WEIGHT: weight}
 
 
 def alike(new: Any, old: Any, device: torch.device) -> bool:

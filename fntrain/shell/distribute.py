@@ -1,8 +1,8 @@
 """distribute: a step that several processes do together, on torch's DistributedDataParallel.
 
-Each rank computes sums over its part of the global batch. Before the last backward one small collective adds up
-weights and losses; gradients are divided by the total weight where torch would divide by the number of ranks. So k
-ranks with m ragged micro-batches each give the gradient of the whole batch.
+Each rank computes sums over its part of the global batch. Their weights travel with the gradients, as those of one
+parameter more, and so does whether a rank is to stop; then gradients are divided by the total weight. So k ranks with m
+ragged micro-batches each give the gradient of the whole batch, by the messages of torch alone.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """The exchange of ranks in a step; that of ranks which each hold the whole state is torch's DistributedDataParallel."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fntrain.batch import Batch
 from fntrain.events import Scalar
 from fntrain.loss import Weighted
-from fntrain.ranks import Ranks
+from fntrain.ranks import Asked, Ranks
 from fntrain.step import LossFn, SupervisedStep
 
 Compress = Literal["bf16", "fp16"]
@@ -26,10 +26,15 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ModelAndLoss(nn.Module):
-    """Both together, as DistributedDataParallel wants them: tensors come out, the rest is kept aside."""
+    """Both together, as DistributedDataParallel wants them: tensors come out, the rest is kept aside.
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+    With `carried`, numbers of a step travel with the gradients, as that parameter's: no message of their own.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, carried: nn.Parameter | None = None) -> None:
         super().__init__()
+        self.carried = carried
+        self.numbers: list[Tensor] = []  # to travel with the next gradients
         self.model = model
         self.loss_fn = (loss_fn,)  # not as a sub-module, should it be one
         self.output: Any = None
@@ -39,7 +44,8 @@ class ModelAndLoss(nn.Module):
         loss = output.loss_sum if isinstance(output, Weighted) else output
         terms: dict[str, Any] = dict(loss) if isinstance(loss, Mapping) else {"": loss}
         self.output = output, [*terms]
-        return tuple(terms.values())
+        first, *others = terms.values()
+        return (first if self.carried is None else _Carry.apply(first, self.carried, self.numbers), *others)  # type: ignore[no-untyped-call]
 
     def restored(self, tensors: tuple[Tensor, ...]) -> Any:
         """What the loss function returned, with the tensors that came out."""
@@ -48,10 +54,22 @@ class ModelAndLoss(nn.Module):
         return attrs.evolve(output, loss_sum=loss) if isinstance(output, Weighted) else loss
 
 
+class _Carry(torch.autograd.Function):
+    """Gives numbers, those that are in the list at the time, as the gradient of a parameter."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, carried: Tensor, numbers: list[Tensor]) -> Tensor:
+        del carried
+        ctx.numbers = numbers
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], (ctx.numbers[0] if ctx.numbers else None), None
+
+
 class Exchanging:
     """What exchanges have in common; see `fntrain.ranks.Exchange`."""
-
-    divides = True
 
     def __init__(self, here: Ranks) -> None:
         self.ranks = here
@@ -65,23 +83,33 @@ class Exchanging:
         del number
         return 0
 
-    def sums(self, numbers: Sequence[Scalar], device: torch.device) -> Callable[[], list[Tensor]]:
+    def sums(self, numbers: Sequence[Scalar], device: torch.device) -> Callable[[], list[Scalar]]:
         """Begin to add up numbers over ranks, in float64; the function returned waits for them."""
-        with torch.no_grad():
-            mine = torch.stack([_double(one, device) for one in numbers])
+        mine = _doubles(numbers, device)
         work: Any = dist.all_reduce(mine, async_op=True)
 
-        def wait() -> list[Tensor]:
+        def wait() -> list[Scalar]:
             work.wait()
-            return list(mine.unbind())
+            return _apart(mine)
 
         return wait
 
-    def divide(self, divisor: Callable[[], Tensor] | None) -> None:
+    def totals(self, numbers: Sequence[Scalar], leaving: bool, device: torch.device) -> Asked:
+        """By a message of their own; on a GPU, where nobody waits for sums, by another whether one is leaving."""
+        if device.type != "cpu":
+            answer = self.ranks.ask(leaving)
+            return Asked(self.sums(numbers, device), lambda: bool(answer()))
+        sums = self.sums([*numbers, leaving], device)
+        return Asked(lambda: sums()[:-1], lambda: bool(sums()[-1]))
+
+    def divide(self, divisor: Callable[[], Scalar] | None) -> None:
         """Nothing to remember: the step divides."""
 
     def finish(self) -> None:
         """Nothing left to do: gradients are where they belong."""
+
+    def reset(self) -> None:
+        """Forget a step that failed."""
 
     def norm(self, norm: float | Tensor) -> float | Tensor:
         """The norm of the gradients, which all ranks have whole."""
@@ -106,8 +134,9 @@ class Replicas(Exchanging):
         options: dict[str, Any],
     ) -> None:
         super().__init__(here)
-        self.both = ModelAndLoss(step.model, step.loss_fn)
-        self.adding = _Adding(None if compress is None else HALF[compress])
+        self.adding = None if compress is None else _Adding(HALF[compress])
+        carried = None if self.adding else _carried(step.slots.params.values(), device)
+        self.both = ModelAndLoss(step.model, step.loss_fn, carried)
         frozen = [step.slots.params[name] for name in step.bound.frozen if step.slots.params[name].requires_grad]
         for param in frozen:  # they get no gradient, and must not be waited for
             param.requires_grad_(False)
@@ -122,7 +151,8 @@ class Replicas(Exchanging):
         finally:
             for param in frozen:
                 param.requires_grad_(True)
-        self.ddp.register_comm_hook(self.adding, _Adding.up)
+        if self.adding is not None:
+            self.ddp.register_comm_hook(self.adding, _Adding.up)
 
     def forward(self, model: nn.Module, batch: Batch, last: bool) -> Any:
         """Run model and loss; in all but the last micro-batch gradients stay here (torch's `no_sync`)."""
@@ -130,32 +160,71 @@ class Replicas(Exchanging):
         self.ddp.require_backward_grad_sync = last
         return self.both.restored(self.ddp(batch))
 
-    def divide(self, divisor: Callable[[], Tensor] | None) -> None:
-        """Remember what gradients are to be divided by."""
-        self.adding.divisor = divisor
+    def totals(self, numbers: Sequence[Scalar], leaving: bool, device: torch.device) -> Asked:
+        """With the gradients, unless these are compressed."""
+        carried = self.both.carried
+        if carried is None:
+            return attrs.evolve(super().totals(numbers, leaving, device), divided=True)
+        carried.grad = None  # or they would be added to those of a step that failed
+        self.both.numbers[:] = [_doubles((*numbers, leaving), device).to(carried.dtype)]
+        answer = self.ranks.ask(leaving) if device.type != "cpu" else lambda: int(means()[-1] > 0)
+
+        def means() -> list[Scalar]:
+            if carried.grad is None:
+                raise RuntimeError("ranks: asked for the sums of a step before its backward")
+            return _apart(carried.grad)
+
+        return Asked(means, lambda: bool(answer()), share=1 / self.ranks.world_size)
+
+    def reset(self) -> None:
+        """Forget a step that failed: torch would wait for the rest of its gradients."""
+        self.ddp.reducer._reset_state()
+
+    def divide(self, divisor: Callable[[], Scalar] | None) -> None:
+        """Remember what gradients are to be divided by before they are cast: their sums might overflow."""
+        if self.adding is not None:
+            self.adding.divisor = divisor
 
 
-def _double(number: Scalar, device: torch.device) -> Tensor:
-    """A number in float64 on a device, which nobody waits for: those of the host are filled in, not copied."""
-    if isinstance(number, Tensor):
-        return number.detach().to(device, torch.float64).reshape(())
-    return torch.full((), float(number), dtype=torch.float64, device=device)
+def _carried(params: Iterable[Tensor], device: torch.device) -> nn.Parameter:
+    """A parameter for the numbers of a step; as precise as gradients are, float32 at least."""
+    double = any(param.dtype in (torch.float64, torch.complex128) for param in params)
+    dtype = torch.float64 if double else torch.float32
+    return nn.Parameter(torch.zeros(4, dtype=dtype, device=device))
+
+
+def _doubles(numbers: Sequence[Scalar], device: torch.device) -> Tensor:
+    """Numbers in float64 on a device, which nobody waits for: those of the host are filled in, not copied."""
+    if device.type == "cpu":
+        return torch.tensor([float(number) for number in numbers], dtype=torch.float64)
+    return torch.stack(
+        [
+            number.detach().to(device, torch.float64).reshape(())
+            if isinstance(number, Tensor)
+            else torch.full((), float(number), dtype=torch.float64, device=device)
+            for number in numbers
+        ]
+    )
+
+
+def _apart(numbers: Tensor) -> list[Scalar]:
+    """Numbers one by one, in float64; copies, since the next step writes over the bucket that they may lie in."""
+    if numbers.device.type == "cpu":
+        return numbers.tolist()
+    return list(numbers.to(torch.float64, copy=True).unbind())
 
 
 class _Adding:
-    """How gradients add up; it does not know the module, which it would keep alive: torch's reducer holds it."""
+    """How gradients add up as halves; it does not know the module, which torch's reducer would then keep alive."""
 
-    def __init__(self, dtype: torch.dtype | None) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.divisor: Callable[[], Tensor] | None = None
+        self.divisor: Callable[[], Scalar] | None = None
 
     def up(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-        """Add up a bucket of gradients over ranks, divided; torch's own hook divides by the number of ranks here."""
+        """Add up a bucket of gradients over ranks, divided; torch's own hooks divide by the number of ranks."""
         grads = bucket.buffer()
         if self.divisor is not None:
             grads.div_(self.divisor())
-        small = grads if self.dtype is None else grads.to(self.dtype)
-        future: Any = dist.all_reduce(small, async_op=True).get_future()
-        if self.dtype is None:
-            return future.then(lambda done: done.value()[0])  # type: ignore[no-any-return]
+        future: Any = dist.all_reduce(grads.to(self.dtype), async_op=True).get_future()
         return future.then(lambda done: grads.copy_(done.value()[0]))  # type: ignore[no-any-return]

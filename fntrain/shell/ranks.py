@@ -1,6 +1,6 @@
 """The ranks of this process: what `fntrain.ranks` asks, answered by torch.distributed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -36,11 +36,17 @@ class Connected(Ranks):
                 found = []
         return found
 
-    def most(self, number: int) -> int:
+    def ask(self, number: int) -> Callable[[], int]:
         flag = torch.tensor(number, dtype=torch.int64)
         with _waiting(self):
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
-        return int(flag)
+            work: Any = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True)
+
+        def answer() -> int:
+            with _waiting(self):
+                work.wait()
+            return int(flag)
+
+        return answer
 
     def barrier(self) -> None:
         self.most(0)

@@ -21,7 +21,7 @@ from fntrain import tree
 from fntrain.batch import Batch, map_batch
 from fntrain.lease import FIELDS, Home, Leased
 from fntrain.shell.exchange import Exchanging, ModelAndLoss
-from fntrain.shell.in_place import Before, InPlace
+from fntrain.shell.in_place import InPlace
 from fntrain.shell.ranks import Connected
 from fntrain.state import TrainState
 from fntrain.step import SupervisedStep
@@ -36,8 +36,6 @@ ELEMENTWISE = frozenset(
 
 class Shards(Exchanging):
     """The exchange of ranks that each hold a part; see `fntrain.ranks.Exchange`."""
-
-    divides = False
 
     def __init__(
         self,
@@ -263,10 +261,6 @@ class ShardedStep(InPlace):
         whole = self.exchange.params[name]
         shape = self.exchange.parts[name].shape
         return tree.map_tensors(lambda t: relocated(whole, t) if whole.ndim and t.shape == shape else t, value)
-
-    def undo(self, before: Before, *, ran: bool = True) -> None:
-        self.exchange.reset()
-        super().undo(before, ran=ran)
 
     @contextmanager
     def bound(self, state: TrainState) -> Iterator[None]:

@@ -127,6 +127,6 @@ class Copies(TorchDispatchMode):
 def test_numbers_to_add_up_are_not_copied_to_the_device(number):
     """A copy from the host's memory would wait for all that the device has to do."""
     with FakeTensorMode(), Copies() as copies:
-        found = exchange._double(number, torch.device("cuda"))
-    assert copies.number == 0 and (found.device.type, found.dtype, found.shape) == ("cuda", torch.float64, ())
-    assert exchange._double(number, torch.device("cpu")).item() == number
+        found = exchange._doubles([number], torch.device("cuda"))
+    assert copies.number == 0 and (found.device.type, found.dtype, found.shape) == ("cuda", torch.float64, (1,))
+    assert exchange._doubles([number], torch.device("cpu")).item() == number

@@ -116,10 +116,15 @@ class Exchanging:
         return norm
 
     def share(self, tensors: Sequence[Tensor]) -> None:
-        """Broadcast tensors of rank 0, together."""
-        if tensors:
-            group: Any = dist.group.WORLD
-            dist._broadcast_coalesced(group, [one.detach() for one in tensors], 250 << 20, 0)  # type: ignore[attr-defined]
+        """Broadcast tensors of rank 0, as bytes in one message: they may be of several dtypes."""
+        if not tensors:
+            return
+        ordered = sorted((one.detach() for one in tensors), key=lambda one: -one.itemsize)  # views want alignment
+        flat = torch.cat([one.reshape(-1).view(torch.uint8) for one in ordered])
+        dist.broadcast(flat, 0)
+        if self.ranks.rank > 0:
+            parts = zip(ordered, torch.split(flat, [one.nbytes for one in ordered]), strict=True)
+            torch._foreach_copy_(ordered, [part.view(one.dtype).view(one.shape) for one, part in parts])
 
 
 class Replicas(Exchanging):

@@ -286,6 +286,8 @@ class _Job:
                     self.ended_here.add(self.processes.index(process))
                     getattr(process, stop)()
                 self.join(seconds)
+        for process in self.running:
+            _log.warning("%s (pid %d) has not ended 10 s after SIGKILL: left behind", process.name, process.pid)
         self.hear(0.0)
         for pipe in self.pipes.values():
             pipe.close()

@@ -50,7 +50,8 @@ class Shards(Exchanging):
         check(step, blocks)
         super().__init__(Connected(here.group, together=True))
         self.both = ModelAndLoss(step.model, step.loss_fn)
-        self.share([*step.slots.params.values(), *step.slots.buffers.values()])
+        for tensor in (*step.slots.params.values(), *step.slots.buffers.values()):
+            self.share([tensor])  # one by one: together they are the whole model once more
         for name in step.bound.frozen:
             step.slots.params[name].requires_grad_(False)
         mesh = init_device_mesh(device.type, (here.world_size,))

@@ -130,3 +130,36 @@ def test_numbers_to_add_up_are_not_copied_to_the_device(number):
         found = exchange._doubles([number], torch.device("cuda"))
     assert copies.number == 0 and (found.device.type, found.dtype, found.shape) == ("cuda", torch.float64, (1,))
     assert exchange._doubles([number], torch.device("cpu")).item() == number
+
+
+KINDS = [
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.int16,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+]
+
+
+def shared_buffers(size):
+    """Buffers of all kinds, different on each rank; a view with strides, one without elements."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    made = [
+        torch.full((), rank + 1).to(kind) if n % 2 else torch.full((3, n), rank + 1).to(kind)
+        for n, kind in enumerate(KINDS)
+    ]
+    made += [torch.arange(12.0).add(100 * rank).view(3, 4).t(), torch.empty(0, 2)]
+    if dist.is_initialized():
+        exchange.Exchanging(ft.shell.ranks()).share(made[:size])
+    return made[:size]
+
+
+@pytest.mark.parametrize("size", [0, 1, len(KINDS) + 2])
+def test_buffers_of_all_kinds_are_those_of_rank_0(ranks, size):
+    """One message of bytes: torch's own by gloo lacks some dtypes, and sends one for each."""
+    expected = shared_buffers(size)
+    for found in ranks(2)(shared_buffers, size):
+        assert ft.tree.bitwise_equal(found, expected)

@@ -169,6 +169,12 @@ def test_a_step_sends_its_gradients_and_four_numbers(ranks, dtype, size):
         assert found == [("allreduce_", gradients + 4 * size)]
 
 
+def test_numbers_of_a_model_in_half_precision_go_beside_its_gradients(ranks):
+    """In float32: as halves they would lose what they say."""
+    for found, gradients in ranks(2)(messages, torch.bfloat16):
+        assert sorted(found) == [("allreduce_", 16), ("allreduce_", gradients)]
+
+
 def test_compressed_gradients_have_a_message_of_numbers_beside_them(ranks):
     """As halves these would lose what they say."""
     for found, gradients in ranks(2)(functools.partial(messages, torch.float32, compress="bf16")):

@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from fntrain.check import whole
 from fntrain.errors import LaunchError
+from fntrain.shell.network import gloo_through, own_address
 
 _log = logging.getLogger("fntrain")
 # torch._dynamo is what DistributedDataParallel and optimizers import when they are first used, 800 modules.
@@ -54,7 +55,9 @@ def launch(
         A script must call launch under `if __name__ == "__main__":`.
       num_processes: on each machine.
       num_machines, machine_rank: how many, and which one this is.
-      rendezvous: "host:port" of the machine of rank 0; needed with several machines. The port must be free there.
+      rendezvous: "host:port" of the machine of rank 0; needed with several machines. The port must be free there. Each
+        machine is reached by the address that it has on the way there, and gloo takes that network interface unless
+        GLOO_SOCKET_IFNAME says which: a machine's own name may mean its loopback.
       max_restarts: how often a job that failed is started again; `ft.resume_or` then goes on from the last checkpoint.
       timeout: of every collective.
     Raises:
@@ -171,14 +174,17 @@ def connected(place: Placed, *, timeout: timedelta, store: Any = None) -> Iterat
     if at:
         at |= {"rank": place.rank, "world_size": place.world_size}
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, timeout=timeout, **at)
-    try:
-        yield
-    except Exception:
-        if not on_gpu:  # NCCL would wait for ranks that wait for this one
-            dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()
+    several = place.world_size > place.local_world_size
+    first = os.environ.get("MASTER_ADDR", "") if place.address is None else place.address.rpartition(":")[0]
+    with gloo_through(first) if several else nullcontext():
+        dist.init_process_group(backend, timeout=timeout, **at)
+        try:
+            yield
+        except Exception:
+            if not on_gpu:  # NCCL would wait for ranks that wait for this one
+                dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()
 
 
 def _check_pickles(fn: Any) -> None:
@@ -456,6 +462,7 @@ def _launch_elastic(
             raise SystemExit(128 + number)
         asked.value = number
 
+    host = rendezvous.rpartition(":")[0]
     config = LaunchConfig(
         min_nodes=num_machines,
         max_nodes=num_machines,
@@ -464,6 +471,7 @@ def _launch_elastic(
         rdzv_backend="c10d",
         rdzv_endpoint=rendezvous,
         rdzv_configs={"is_host": machine_rank == 0},
+        local_addr=host if machine_rank == 0 else own_address(host),  # its name may mean another to the others
         max_restarts=max_restarts,
         monitor_interval=0.2,
         start_method="forkserver",

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import uuid
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise
@@ -206,10 +206,10 @@ def test_a_nan_on_one_rank_is_one_for_all(ranks):
 
 
 @contextmanager
-def started(*command, environment=None):
+def started(*command, environment=None, inside=()):
     """A process in a session of its own, which leaves no other behind: all that it starts carry a mark."""
     mark = uuid.uuid4().hex
-    command = [sys.executable, *map(str, command)]
+    command = [*inside, sys.executable, *map(str, command)]
     variables = {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1", "MARK": mark}
     process = subprocess.Popen(
         command,
@@ -422,26 +422,59 @@ def test_main_starts_the_ranks_of_a_script(tmp_path):
 
 OURS = ("launched.py", "held", "{directory}", "num_machines=2", "num_processes=1", "max_restarts=2")
 AGENTS = {
-    "ours": (*OURS, "machine_rank={machine}", "rendezvous=127.0.0.1:{port}"),
+    "ours": (*OURS, "machine_rank={machine}", "rendezvous={host}:{port}"),
     "torchrun": (
         *("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2"),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:{port}", "--rdzv-id", "one"),
-        *("--rdzv-conf", "is_host={host}"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "{host}:{port}", "--rdzv-id", "one"),
+        *("--rdzv-conf", "is_host={is_host}"),
         *("launched.py", "held", "{directory}"),
     ),
 }
 
 
-@pytest.mark.parametrize("kind", ["ours", pytest.param("torchrun", marks=pytest.mark.slow)])
-def test_of_two_machines_one_is_killed_and_comes_back(tmp_path, undisturbed, kind):
-    """Its agent and rank are killed in step 5; started again, the job goes on from step 4 and ends as if undisturbed."""
-    values = {"directory": tmp_path, "port": free_port()}
+@contextmanager
+def apart():
+    """Two machines as the network has them: what starts a command in each, neither reaches the other's loopback."""
+    name = f"fntrain-{uuid.uuid4().hex[:8]}"
+    commands = [
+        *(f"ip netns add {name}-{machine}" for machine in range(2)),
+        f"ip link add v0 netns {name}-0 type veth peer name v1 netns {name}-1",
+        *(f"ip -n {name}-{machine} addr add 10.77.0.{machine + 1}/24 dev v{machine}" for machine in range(2)),
+        *(f"ip -n {name}-{machine} link set {link} up" for machine in range(2) for link in ("lo", f"v{machine}")),
+    ]
+    try:
+        for command in commands:
+            try:
+                subprocess.run(command.split(), check=True, capture_output=True, text=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                pytest.skip(f"needs network namespaces: {getattr(error, 'stderr', None) or error}")
+        yield [["ip", "netns", "exec", f"{name}-{machine}"] for machine in range(2)]
+    finally:
+        with suppress(OSError):
+            for machine in range(2):
+                subprocess.run(["ip", "netns", "delete", f"{name}-{machine}"], capture_output=True)
 
-    def agent(machine):
-        host = machine == 0
-        command = [part.format(machine=machine, host=host, **values) for part in AGENTS[kind]]
-        environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if kind == "torchrun" else {}  # launch sets it
-        return started(*command, environment=environment)
+
+@pytest.mark.parametrize("kind", ["ours", "ours apart", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_of_two_machines_one_is_killed_and_comes_back(tmp_path, undisturbed, kind):
+    """Its agent and rank are killed in step 5; started again, the job goes on from step 4 and ends as if undisturbed.
+
+    Two agents on one loopback, and in two network namespaces where this machine's name means its own loopback.
+    """
+    with apart() if kind == "ours apart" else nullcontext(((), ())) as machines:
+        host = "10.77.0.1" if machines[0] else "127.0.0.1"
+        values = {"directory": tmp_path, "port": free_port(), "host": host}
+        come_back(partial(agent, kind.split()[0], machines, values), tmp_path)
+    assert digest(tmp_path) == undisturbed
+
+
+def agent(kind, machines, values, machine):
+    command = [part.format(machine=machine, is_host=machine == 0, **values) for part in AGENTS[kind]]
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if kind == "torchrun" else {}  # launch sets it
+    return started(*command, environment=environment, inside=machines[machine])
+
+
+def come_back(agent, directory):
 
     with ExitStack() as stack:
         first = stack.enter_context(agent(0))
@@ -451,13 +484,12 @@ def test_of_two_machines_one_is_killed_and_comes_back(tmp_path, undisturbed, kin
             os.kill(rank, signal.SIGKILL)
             second.kill()
             second.wait()
-        (tmp_path / "go").touch()
+        (directory / "go").touch()
         again = stack.enter_context(agent(1))
         for job in (first, again):
             lines = ended(job, 90)
             assert lines[-1] == "status 0", lines
             assert any(re.fullmatch(r"rank \d 2 \d+", line) for line in lines), lines
-    assert digest(tmp_path) == undisturbed
 
 
 def test_two_machines_of_two_ranks_are_one_world_and_stop_as_one(tmp_path):

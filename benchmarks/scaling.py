@@ -6,8 +6,8 @@ step: in the same processes, in turns, in an order drawn anew every round: `ft.s
 same with metrics written every 20 steps, and a loop by hand (forward, backward, fused AdamW, on
 DistributedDataParallel with its own hook; with clipping by norm, as ours). The batches of a rank are ready-made. What
 a round takes is the time of rank 0 between two barriers.
-bytes: what a step hands to collectives, by counting the calls; sums of a step and the question whether to stop travel
-with the gradients.
+bytes: what a step hands to collectives, by counting the calls; sums of a step travel with the gradients, the question
+whether to stop is one of the fold, on a channel of its own.
 collectives: what messages of their own take, and the exchange of a write of metrics.
 Start-up is in start_up.py.
 """

@@ -217,9 +217,6 @@ class OwnShare:
 def own_share(data: Any) -> OwnShare:
     """Say that what each rank reads is its own part already, such as a DataLoader with a DistributedSampler.
 
-    Of an iterator a run of several ranks that is stopped has taken one batch more than it did steps, that of the step
-    in which the ranks heard of it.
-
     Example:
       >>> own_share([1, 2]).shard(1, 2)
       [1, 2]

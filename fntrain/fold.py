@@ -14,9 +14,7 @@ import attrs
 
 from fntrain import tree
 from fntrain.check import whole
-from fntrain.errors import DataExhaustedError
 from fntrain.hook import PHASES, AnyHook, Callback, Gated, Hook, flatten
-from fntrain.lease import FIELDS
 from fntrain.ranks import ALONE
 from fntrain.source import END, Batches, Positioned, shared
 from fntrain.state import SAVED, Run, StepFn, Stop, TrainState, named_leaves
@@ -74,8 +72,7 @@ def states(
     """Yield the state after every step, lazily; arguments and errors as for `fit`.
 
     Leaving the loop early runs `after_train` and closes everything. The last state is yielded after `after_train`; with
-    data declared finite, and where one of several ranks asks to stop, it is out before the end is known, and `fit`
-    alone returns it as `after_train` leaves it.
+    data declared finite it is out before the end is known, and `fit` alone returns it as `after_train` leaves it.
 
     Example:
       >>> def step_fn(state, batch):
@@ -112,39 +109,25 @@ def _states(
         before_step, after_step = _phase(live, "before_step"), _phase(live, "after_step", ran)
         try:
             state = _agreed(_call(_phase(live, "before_train"), _with_memory(state, singles), None))
-            done = f"max_steps={max_steps} reached"
-            going = state.run.stop is None
-            while going and (max_steps is None or state.step < max_steps):
-                leaving = state.run.stop is not None  # this rank; the others hear of it in the step
-                try:
-                    batch = batches.next(state)
-                except DataExhaustedError:
-                    if leaving:
-                        break
-                    raise
+            while state.run.stop is None and (max_steps is None or state.step < max_steps):
+                batch = batches.next(state)
                 ended = batch is END
                 if ranks.most(ended) if max_steps is None else ended:  # all ask: the data may end on one rank first
-                    done = f"data ended after {batches.given - (not ended)} batches"
+                    state = _stopped(state, "done", f"data ended after {batches.given - (not ended)} batches")
                     break
-                before = state
                 state = _call(before_step, state, 1)
                 if state.position != batches.position - 1:
                     raise ValueError(
                         "hooks: a before_step moved the position, after its batch was read; use after_step"
                     )
-                state = _step(step_fn, state, batch, leaving)
+                state, unseen = _step(step_fn, state, batch), True
                 del batch  # or it would live until the next one is there: one batch of memory
-                if state.position == before.position:  # given up, as if it had not begun
-                    state = before.replace(**{name: getattr(state, name) for name in FIELDS})
-                    break
-                del before
-                unseen = True
                 state = _call(after_step, state, 0)
-                going = state.run.stop is None or ranks.world_size > 1
-                if going and (max_steps is None or state.step < max_steps):
+                state = _agreed(state)
+                if state.run.stop is None and (max_steps is None or state.step < max_steps):
                     unseen = False
                     yield state
-            state = _stopped(_agreed(state), "done", done)
+            state = _stopped(state, "done", f"max_steps={max_steps} reached")
         except GeneratorExit as leaving:
             # An error in the loop over the states, of this rank perhaps alone, closes them while it is on its way.
             error: BaseException | None = leaving
@@ -166,17 +149,14 @@ def _states(
     return state
 
 
-def _step(step_fn: StepFn, state: TrainState, batch: Any, leaving: bool) -> TrainState:
+def _step(step_fn: StepFn, state: TrainState, batch: Any) -> TrainState:
     try:
-        given = state.replace(run=attrs.evolve(state.run, leaving=True)) if leaving else state
-        new = step_fn(given, batch)
+        new = step_fn(state, batch)
     except BaseException as error:
         error.add_note(f"in the step function, at step {state.step + 1} (batch number {state.position})")
         raise
     if not isinstance(new, TrainState):
         raise TypeError(f"step function: returned {type(new).__name__} at step {state.step + 1}, expected a TrainState")
-    if state.run.ranks.world_size > 1 and (new.step, new.position) == (state.step, state.position):
-        return new  # a rank is leaving
     if new.step != state.step + 1 or new.position != state.position + 1:
         raise ValueError(
             f"step function: went from step {state.step}, position {state.position} to step {new.step}, position "

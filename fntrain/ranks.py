@@ -39,13 +39,9 @@ class Ranks:
         del only_first
         return [value]
 
-    def ask(self, number: int) -> Callable[[], int]:
-        """Begin to look for the largest of the ranks' numbers; the function returned waits for it."""
-        return lambda: number
-
     def most(self, number: int) -> int:
         """Return the largest of the ranks' numbers."""
-        return self.ask(number)()
+        return number
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -63,18 +59,16 @@ WEIGHT = MetricName("batch_weight", reduce="sum", smooth="sum")  # of this rank'
 
 
 @attrs.frozen(eq=False)
-class Asked:
-    """What was asked of the ranks in a step; answers are there after the last backward.
+class Sums:
+    """Sums over ranks, on their way.
 
     Args:
-      sums: of the numbers given; as precise as float64.
-      leaving: whether a rank is.
-      share: part of the totals that sums and gradients are: 1 over their number for means over ranks.
+      wait: for what the numbers given add up to; as precise as gradients are, float32 at least.
+      share: part of the totals that these, and the gradients, are: 1 over the number of ranks for means over them.
       divided: whether gradients come out divided by the weight already.
     """
 
-    sums: Callable[[], list[Scalar]]
-    leaving: Callable[[], bool]
+    wait: Callable[[], list[Scalar]]
     share: float = 1.0
     divided: bool = False
 
@@ -95,14 +89,11 @@ class Exchange(Protocol):
     def forward(self, model: nn.Module, batch: Batch, last: bool) -> Any:
         """Run model and loss on a micro-batch; in the last one gradients meet."""
 
-    def sums(self, numbers: Sequence[Scalar], device: torch.device) -> Callable[[], list[Scalar]]:
-        """Begin to add up numbers over ranks, in float64; the function returned waits for them.
+    def sums(self, numbers: Sequence[Scalar], device: torch.device) -> Sums:
+        """Begin to add up numbers over ranks, in float64; tensors where the host would have to wait for the device."""
 
-        They are tensors where the host would have to wait for the device.
-        """
-
-    def totals(self, numbers: Sequence[Scalar], leaving: bool, device: torch.device) -> "Asked":
-        """Begin, before the last backward, to add up what the forwards gave and to ask whether a rank is leaving."""
+    def totals(self, numbers: Sequence[Scalar], device: torch.device) -> Sums:
+        """Begin, before the last backward, to add up what the forwards gave; the sums are there after it."""
 
     def divide(self, divisor: Callable[[], Scalar] | None) -> None:
         """Say what the gradients, added up over ranks, are to be divided by; before the last backward."""

@@ -36,16 +36,13 @@ class Stop:
 class Run:
     """What `fit` knows of its own call. Steps must not read it; hooks may; only `ft.stop` changes it.
 
-    `ranks` are the processes that run it together, see `fntrain.ranks`. With `leaving` this one goes to a step only to
-    tell the others that it was to stop before: a step of several ranks that finds one leaving returns the state as it
-    is.
+    `ranks` are the processes that run it together, see `fntrain.ranks`.
     """
 
     start_step: int = 0
     max_steps: int | None = None
     stop: Stop | None = None
     ranks: Ranks = attrs.field(default=ALONE, eq=False, repr=False)
-    leaving: bool = attrs.field(default=False, repr=False)
 
 
 def _view(mapping: Mapping[str, Any]) -> Mapping[str, Any]:

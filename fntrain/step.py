@@ -26,7 +26,7 @@ from fntrain.loss import Loss, Objective, Weighted, WeightsFn, objective
 from fntrain.module import Slots
 from fntrain.optim import BoundOptimizer, Optimizer, lr_scale
 from fntrain.precision import LOSS_SCALE, PRECISIONS, Precision, autocast, loss_scale, next_loss_scale, tf32, unscale_
-from fntrain.ranks import ALONE, WEIGHT, Asked, Exchange, Ranks
+from fntrain.ranks import ALONE, WEIGHT, Exchange, Ranks, Sums
 from fntrain.rng import other_states, seed_generators
 from fntrain.state import TrainState
 
@@ -48,7 +48,6 @@ class Work:
     leaves: dict[str, Tensor]  # the parameters to update, gradients in `.grad`, clipped if healthy
     healthy: bool | Tensor  # whether to update; a tensor where the host would have to wait
     changes: dict[str, Any]  # fields of the next state that hold whether it updates or not: metrics, extra
-    given_up: bool = False  # a rank is leaving: the state stays as it is
 
 
 @attrs.frozen(eq=False)
@@ -207,14 +206,11 @@ class SupervisedStep:
         scale = loss_scale(state.extra, device) if self.precision == "fp16" else None
         if self.precision == "tf32":
             with tf32(device):
-                parts, totals = self._backward(batch, device, leaving=state.run.leaving)
+                parts, totals = self._backward(batch, device)
         else:
-            grow = None if scale is None else scale["scale"]
-            parts, totals = self._backward(batch, device, grow, leaving=state.run.leaving)
+            parts, totals = self._backward(batch, device, None if scale is None else scale["scale"])
         if watched is not None:
             _warn_of_draws(watched, other_states())
-        if totals is not None and totals.leaving():
-            return Work({}, False, {}, given_up=True)
         leaves = self._reduced_leaves(parts, None if scale is None else scale["scale"], totals)
         metrics = _report(parts, totals)
         if self.exchange is not None:
@@ -236,14 +232,14 @@ class SupervisedStep:
         return Work(leaves, healthy, changes)
 
     def _backward(
-        self, batch: Batch, device: torch.device, scale: Tensor | None = None, *, leaving: bool
+        self, batch: Batch, device: torch.device, scale: Tensor | None = None
     ) -> tuple[list[tuple[Objective, Collector]], "Totals | None"]:
         """Run forward and backward of every micro-batch, gradients adding up in `.grad`, over ranks in the last one."""
         exchange, totals = self.exchange, None
         denominators = None if self.weights is None else self.weights(batch)
         if exchange is not None and denominators is not None:
             sums = exchange.sums(list(denominators.values()), device)
-            denominators = dict(zip(denominators, sums(), strict=True))
+            denominators = dict(zip(denominators, sums.wait(), strict=True))
         micro_batches = [batch] if self.accumulate == 1 else (self.split or split_batch)(batch, self.accumulate)
         parts: list[tuple[Objective, Collector]] = []
         fp32 = self.precision in ("fp32", "tf32")
@@ -270,7 +266,7 @@ class SupervisedStep:
                 continue
             parts.append((part.detached(), collector))
             if last and exchange is not None:
-                totals = Totals.begun(exchange, [one for one, _ in parts], leaving, device)
+                totals = Totals.begun(exchange, [one for one, _ in parts], device)
             grads.backward(part.total if scale is None else part.total * scale)
         if exchange is not None and totals is not None:
             exchange.finish()
@@ -374,32 +370,28 @@ def _total_weight(parts: list[tuple[Objective, Collector]]) -> Any:
 
 @attrs.define(eq=False)
 class Totals:
-    """What the ranks' parts of a step add up to, in float64."""
+    """What the ranks' parts of a step add up to."""
 
     divide: bool
-    asked: Asked
+    sums: Sums
     loss: Scalar = attrs.field(init=False)  # divided like the gradients
     divisor: Scalar | None = attrs.field(init=False)  # of the gradients; None: they are as they should be
     counts: Scalar = attrs.field(init=False)  # is 0 if nothing counts
 
     @classmethod
-    def begun(cls, exchange: Exchange, parts: list[Objective], leaving: bool, device: torch.device) -> "Totals":
+    def begun(cls, exchange: Exchange, parts: list[Objective], device: torch.device) -> "Totals":
         """Begin to add up what the forwards gave."""
         divide = parts[0].divide
         mine = [_sum([getattr(part, name) for part in parts]) for name in ("total", "weight", "counts")]
-        asked = exchange.totals(mine, leaving, device)
-        exchange.divide((lambda: asked.sums()[1]) if divide else None)
-        return cls(divide, asked)
-
-    def leaving(self) -> bool:
-        """Whether a rank leaves instead of doing this step."""
-        return self.asked.leaving()
+        sums = exchange.totals(mine, device)
+        exchange.divide((lambda: sums.wait()[1]) if divide else None)
+        return cls(divide, sums)
 
     def wait(self) -> None:
-        loss, weight, self.counts, *_ = self.asked.sums()
-        divisor = weight if self.divide else self.asked.share
-        self.loss = loss / divisor if isinstance(divisor, Tensor) or divisor else math.nan
-        self.divisor = None if self.asked.divided or (not self.divide and divisor == 1.0) else divisor
+        loss, weight, self.counts = self.sums.wait()
+        divisor = weight if self.divide else self.sums.share
+        self.loss = loss / divisor if isinstance(divisor, Tensor) or divisor else loss * math.inf
+        self.divisor = None if self.sums.divided or (not self.divide and divisor == 1.0) else divisor
 
 
 def _report(parts: list[tuple[Objective, Collector]], totals: Totals | None) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """distribute: a step that several processes do together, on torch's DistributedDataParallel.
 
 Each rank computes sums over its part of the global batch. Their weights travel with the gradients, as those of one
-parameter more, and so does whether a rank is to stop; then gradients are divided by the total weight. So k ranks with m
-ragged micro-batches each give the gradient of the whole batch, by the messages of torch alone.
+parameter more; then gradients are divided by the total weight. So k ranks with m ragged micro-batches each give the
+gradient of the whole batch.
 """
 
 from collections.abc import Callable

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fntrain.batch import Batch
 from fntrain.events import Scalar
 from fntrain.loss import Weighted
-from fntrain.ranks import Asked, Ranks
+from fntrain.ranks import Ranks, Sums
 from fntrain.step import LossFn, SupervisedStep
 
 Compress = Literal["bf16", "fp16"]
@@ -44,8 +44,12 @@ class ModelAndLoss(nn.Module):
         loss = output.loss_sum if isinstance(output, Weighted) else output
         terms: dict[str, Any] = dict(loss) if isinstance(loss, Mapping) else {"": loss}
         self.output = output, [*terms]
-        first, *others = terms.values()
-        return (first if self.carried is None else _Carry.apply(first, self.carried, self.numbers), *others)  # type: ignore[no-untyped-call]
+        if self.carried is not None:
+            for name, term in terms.items():
+                if isinstance(term, Tensor) and term.requires_grad:  # what is wrong with others, the step says
+                    terms[name] = _Carry.apply(term, self.carried, self.numbers)  # type: ignore[no-untyped-call]
+                    break
+        return tuple(terms.values())
 
     def restored(self, tensors: tuple[Tensor, ...]) -> Any:
         """What the loss function returned, with the tensors that came out."""
@@ -83,8 +87,8 @@ class Exchanging:
         del number
         return 0
 
-    def sums(self, numbers: Sequence[Scalar], device: torch.device) -> Callable[[], list[Scalar]]:
-        """Begin to add up numbers over ranks, in float64; the function returned waits for them."""
+    def sums(self, numbers: Sequence[Scalar], device: torch.device) -> Sums:
+        """Begin to add up numbers over ranks, in float64."""
         mine = _doubles(numbers, device)
         work: Any = dist.all_reduce(mine, async_op=True)
 
@@ -92,15 +96,11 @@ class Exchanging:
             work.wait()
             return _apart(mine)
 
-        return wait
+        return Sums(wait)
 
-    def totals(self, numbers: Sequence[Scalar], leaving: bool, device: torch.device) -> Asked:
-        """By a message of their own; on a GPU, where nobody waits for sums, by another whether one is leaving."""
-        if device.type != "cpu":
-            answer = self.ranks.ask(leaving)
-            return Asked(self.sums(numbers, device), lambda: bool(answer()))
-        sums = self.sums([*numbers, leaving], device)
-        return Asked(lambda: sums()[:-1], lambda: bool(sums()[-1]))
+    def totals(self, numbers: Sequence[Scalar], device: torch.device) -> Sums:
+        """By a message of their own."""
+        return self.sums(numbers, device)
 
     def divide(self, divisor: Callable[[], Scalar] | None) -> None:
         """Nothing to remember: the step divides."""
@@ -120,11 +120,11 @@ class Exchanging:
         if not tensors:
             return
         ordered = sorted((one.detach() for one in tensors), key=lambda one: -one.itemsize)  # views want alignment
-        flat = torch.cat([one.reshape(-1).view(torch.uint8) for one in ordered])
+        flat = torch.cat([one.resolve_conj().reshape(-1).view(torch.uint8) for one in ordered])
         dist.broadcast(flat, 0)
         if self.ranks.rank > 0:
-            parts = zip(ordered, torch.split(flat, [one.nbytes for one in ordered]), strict=True)
-            torch._foreach_copy_(ordered, [part.view(one.dtype).view(one.shape) for one, part in parts])
+            for one, part in zip(ordered, torch.split(flat, [one.nbytes for one in ordered]), strict=True):
+                one.copy_(part.view(one.dtype).view(one.shape))
 
 
 class Replicas(Exchanging):
@@ -139,6 +139,8 @@ class Replicas(Exchanging):
         options: dict[str, Any],
     ) -> None:
         super().__init__(here)
+        self.params = step.slots.params
+        self.begun = False  # whether a step is on its way
         self.adding = None if compress is None else _Adding(HALF[compress])
         carried = None if self.adding else _carried(step.slots.params.values(), device)
         self.both = ModelAndLoss(step.model, step.loss_fn, carried)
@@ -162,28 +164,41 @@ class Replicas(Exchanging):
     def forward(self, model: nn.Module, batch: Batch, last: bool) -> Any:
         """Run model and loss; in all but the last micro-batch gradients stay here (torch's `no_sync`)."""
         del model
+        self.begun = True
         self.ddp.require_backward_grad_sync = last
         return self.both.restored(self.ddp(batch))
 
-    def totals(self, numbers: Sequence[Scalar], leaving: bool, device: torch.device) -> Asked:
+    def totals(self, numbers: Sequence[Scalar], device: torch.device) -> Sums:
         """With the gradients, unless these are compressed."""
         carried = self.both.carried
         if carried is None:
-            return attrs.evolve(super().totals(numbers, leaving, device), divided=True)
+            return attrs.evolve(super().totals(numbers, device), divided=True)
         carried.grad = None  # or they would be added to those of a step that failed
-        self.both.numbers[:] = [_doubles((*numbers, leaving), device).to(carried.dtype)]
-        answer = self.ranks.ask(leaving) if device.type != "cpu" else lambda: int(means()[-1] > 0)
+        self.both.numbers[:] = [_doubles(numbers, device).to(carried.dtype)]
 
         def means() -> list[Scalar]:
-            if carried.grad is None:
-                raise RuntimeError("ranks: asked for the sums of a step before its backward")
+            assert carried.grad is not None
             return _apart(carried.grad)
 
-        return Asked(means, lambda: bool(answer()), share=1 / self.ranks.world_size)
+        return Sums(means, share=1 / self.ranks.world_size)
+
+    def finish(self) -> None:
+        """Say which parameters torch still waits for: what it has added up by now is a part of the gradients."""
+        try:
+            self.ddp.reducer._check_reducer_finalized()
+        except RuntimeError as error:
+            names = [name for name, param in self.params.items() if param.requires_grad and param.grad is None]
+            raise ValueError(
+                f"loss_fn: {names or 'a parameter'} got no gradient, and the other ranks wait for it; use every "
+                "parameter, freeze them (ft.group), or pass find_unused_parameters=True to ft.shell.distribute"
+            ) from error
+        self.begun = False
 
     def reset(self) -> None:
-        """Forget a step that failed: torch would wait for the rest of its gradients."""
-        self.ddp.reducer._reset_state()
+        """Forget a step that failed on its way: torch would wait for the rest of its gradients."""
+        if self.begun:
+            self.ddp.reducer._reset_state()
+            self.begun = False
 
     def divide(self, divisor: Callable[[], Scalar] | None) -> None:
         """Remember what gradients are to be divided by before they are cast: their sums might overflow."""
@@ -195,7 +210,7 @@ def _carried(params: Iterable[Tensor], device: torch.device) -> nn.Parameter:
     """A parameter for the numbers of a step; as precise as gradients are, float32 at least."""
     double = any(param.dtype in (torch.float64, torch.complex128) for param in params)
     dtype = torch.float64 if double else torch.float32
-    return nn.Parameter(torch.zeros(4, dtype=dtype, device=device))
+    return nn.Parameter(torch.zeros(3, dtype=dtype, device=device))
 
 
 def _doubles(numbers: Sequence[Scalar], device: torch.device) -> Tensor:

@@ -172,9 +172,6 @@ class InPlace:
                 step.exchange.reset()
             self.undo(before)
             raise
-        if work.given_up:
-            self.undo(before)
-            return self._lent(state)
         if healthy is False:
             self.undo(before)
         else:
@@ -236,12 +233,8 @@ class InPlace:
             self.opt_state = dict(self.step.bound.placed(theirs.tensors, self.step.slots.params))
             self.fused, self.updated, self.memory = None, set(theirs), None
         if not (here and kept):
-            state = self._lent(state)
+            state = self.advanced(state, {}).replace(step=state.step, position=state.position)
         return self._spared(state)
-
-    def _lent(self, state: TrainState) -> TrainState:
-        """The state as it is: this memory, on lease."""
-        return self.advanced(state, {}).replace(step=state.step, position=state.position, metrics=state.metrics)
 
     def _apart(self, state: TrainState) -> TrainState:
         """The state, its tensors copied where they lie in memory of this step that is about to be overwritten."""

@@ -1,6 +1,6 @@
 """The ranks of this process: what `fntrain.ranks` asks, answered by torch.distributed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -36,17 +36,11 @@ class Connected(Ranks):
                 found = []
         return found
 
-    def ask(self, number: int) -> Callable[[], int]:
+    def most(self, number: int) -> int:
         flag = torch.tensor(number, dtype=torch.int64)
         with _waiting(self):
-            work: Any = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True)
-
-        def answer() -> int:
-            with _waiting(self):
-                work.wait()
-            return int(flag)
-
-        return answer
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        return int(flag)
 
     def barrier(self) -> None:
         self.most(0)

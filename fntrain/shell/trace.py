@@ -83,7 +83,7 @@ def _step(
     object.__setattr__(shadow, "slots", attrs.evolve(slots, params=params))
     object.__setattr__(shadow, "bound", bound)
     _place(step_fn, params, buffers)
-    parts, _ = shadow._backward(batch, next(iter(params.values())).device, leaving=False)
+    parts, _ = shadow._backward(batch, next(iter(params.values())).device)
     leaves = shadow._reduced_leaves(parts)
     metrics = _report(parts, None)
     metrics[LR] = None

@@ -110,7 +110,6 @@ def slow(directory, *, long=1.5):
     told.parent.mkdir(exist_ok=True)
 
     def wait():
-        ft.shell.ranks().barrier()  # or a signal might find another rank at the end of step 2
         say("step", dist.get_rank(), os.getpid())
 
         def seen():
@@ -171,7 +170,6 @@ def held(directory):
     say("rank", dist.get_rank(), dist.get_world_size(), os.getpid())
 
     def wait():
-        ft.shell.ranks().barrier()  # of the checkpoint of step 4 too
         say("step", dist.get_rank(), os.getpid())
         until(go.exists)
 

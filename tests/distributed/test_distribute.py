@@ -151,13 +151,14 @@ def shared_buffers(size):
         torch.full((), rank + 1).to(kind) if n % 2 else torch.full((3, n), rank + 1).to(kind)
         for n, kind in enumerate(KINDS)
     ]
+    made += [torch.full((2,), 1j * (rank + 1)).conj()]
     made += [torch.arange(12.0).add(100 * rank).view(3, 4).t(), torch.empty(0, 2)]
     if dist.is_initialized():
         exchange.Exchanging(ft.shell.ranks()).share(made[:size])
     return made[:size]
 
 
-@pytest.mark.parametrize("size", [0, 1, len(KINDS) + 2])
+@pytest.mark.parametrize("size", [0, 1, len(KINDS) + 3])
 def test_buffers_of_all_kinds_are_those_of_rank_0(ranks, size):
     """One message of bytes: torch's own by gloo lacks some dtypes, and sends one for each."""
     expected = shared_buffers(size)

@@ -124,7 +124,7 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(ranks, strategy, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_stop_on_one_rank_is_the_end_of_so_many_steps(ranks, device):
-    """The step in which the others hear of it leaves no trace."""
+    """Bit for bit."""
     stopped = ranks(2)(functools.partial(trained, device, hooks=[ft.hook(after_step=functools.partial(ask, 1, 4))]))
     plain = ranks(2)(functools.partial(trained, device, max_steps=4))
     for (one, _), (other, _) in zip(stopped, plain, strict=True):
@@ -186,7 +186,7 @@ def watched():
 
 @pytest.mark.parametrize("device", BY_NCCL)
 def test_steps_never_wait_for_the_device(ranks, device):
-    """Sums stay there; whether one is leaving is asked beside it, of the hosts."""
+    """Sums stay there."""
     found = ranks(2)(undisturbed, device)
     assert found[0] == found[1]
 

@@ -155,7 +155,7 @@ def shared_buffers(size):
     made += [torch.arange(12.0).add(100 * rank).view(3, 4).t(), torch.empty(0, 2)]
     if dist.is_initialized():
         exchange.Exchanging(ft.shell.ranks()).share(made[:size])
-    return made[:size]
+    return [one.resolve_conj() for one in made[:size]]
 
 
 @pytest.mark.parametrize("size", [0, 1, len(KINDS) + 3])

@@ -158,7 +158,7 @@ class Stream:
             generator=torch.Generator(),  # the loader draws a seed when iterated: not from the default generator
             **workers,
         )
-        return _batches(iter(loader))
+        return _Batches(iter(loader))
 
     def shard(self, rank: int, world_size: int) -> "Stream":
         """Return the stream of one rank's shares; `fit` asks for it where several ranks train together.
@@ -277,10 +277,23 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _batches(iterator: Any) -> Iterator[Any]:
-    """The loader's iterator as a generator: closing it ends the workers at once."""
-    try:
-        yield from iterator
-    finally:
+class _Batches:
+    """The loader's iterator; closing it ends the workers at once, read from or not, and so does an error."""
+
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        self.iterator = iterator
+
+    def __iter__(self) -> "_Batches":
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self.iterator)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        iterator, self.iterator = self.iterator, iter(())
         if hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()

@@ -96,6 +96,7 @@ def _states(
     step_fn: StepFn, singles: list[Gated], state: TrainState, data: Positioned | Iterable[Any]
 ) -> Generator[TrainState, None, TrainState]:
     max_steps, ranks = state.run.max_steps, state.run.ranks
+    asking = _asking(singles) if ranks.world_size > 1 else set()
     opened: list[AbstractContextManager[Any]] = []
     batches = None
     unseen = False  # whether the state was made by a step and not yielded yet
@@ -123,7 +124,8 @@ def _states(
                 state, unseen = _step(step_fn, state, batch), True
                 del batch  # or it would live until the next one is there: one batch of memory
                 state = _call(after_step, state, 0)
-                state = _agreed(state)
+                if any(state.step % period == 0 for period in asking):
+                    state = _agreed(state)
                 if state.run.stop is None and (max_steps is None or state.step < max_steps):
                     unseen = False
                     yield state
@@ -279,6 +281,12 @@ def _check_alike(state: TrainState, singles: list[Gated], data: Any) -> None:
                     f"{name}: rank {rank} has {theirs.get(name)!r}, rank 0 has {everyone[0].get(name)!r}; all ranks "
                     "must start alike: from the same checkpoint, with the same settings and hooks"
                 )
+
+
+def _asking(singles: list[Gated]) -> set[int]:
+    """The periods at which a hook runs that may ask to stop on one rank alone; of those that all ranks have."""
+    alone = [one for one in singles if one.hook.stops and not one.main]
+    return {one.every for one in alone if one.hook.before_step or one.hook.after_step or one.hook.open}
 
 
 def _agreed(state: TrainState) -> TrainState:

@@ -24,6 +24,7 @@ from fntrain.shell.upgrade import SchemaError
 from fntrain.state import TrainState, remember
 
 _log = logging.getLogger("fntrain")
+_DECLARED: Any = {"communicates": True, "stops": False}
 T = TypeVar("T")
 Mode = Literal["max", "min"]
 
@@ -218,7 +219,7 @@ def checkpoint(
         asynchronous,
     )
     remembers = {"init": _Nothing()} if best else {}
-    return gates.at_end(gates.every(every, resource(record, name=name, saves=True, communicates=True, **remembers)))
+    return gates.at_end(gates.every(every, resource(record, name=name, saves=True, **_DECLARED, **remembers)))
 
 
 @attrs.frozen
@@ -317,7 +318,7 @@ def best_checkpoint(
     Source: detectron2's BestCheckpointer
     """
     record = BestCheckpoint(os.fspath(directory), name, _of_the_best(metric, mode=mode), asynchronous)
-    return resource(record, name=name, saves=True, communicates=True, init=_Nothing())
+    return resource(record, name=name, saves=True, **_DECLARED, init=_Nothing())
 
 
 def score(state: TrainState, metric: str) -> float | None:

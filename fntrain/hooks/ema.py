@@ -46,7 +46,7 @@ def ema(decay: float = 0.999, *, every: int = 1, warmup: bool = True, name: str 
     """
     if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
         raise ValueError(f"decay: got {decay!r}, expected a number in [0, 1)")
-    return gates.every(every, stateful(name, _Start(), after_step=Ema(name, decay, warmup)))
+    return gates.every(every, stateful(name, _Start(), after_step=Ema(name, decay, warmup), stops=False))
 
 
 def averaged(state: TrainState, name: str = "ema") -> TrainState:

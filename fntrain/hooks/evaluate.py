@@ -91,5 +91,5 @@ def evaluate(
     """
     if not callable(fn):
         raise TypeError(f"fn: got {type(fn).__name__}, expected a function of the state, such as ft.evaluation(...)")
-    reporting = hook(after_step=Evaluate(fn, prefix, weights), name=name, communicates=True)
+    reporting = hook(after_step=Evaluate(fn, prefix, weights), name=name, communicates=True, stops=False)
     return gates.at_end(gates.every(every, attrs.evolve(reporting, reports=True, reads=weights)))

@@ -46,7 +46,7 @@ def memory_stats(*, every: int = 20, name: str = "memory_stats") -> AnyHook:
 
     Source: detectron2's TorchMemoryStats
     """
-    reporting = hook(before_train=_start, after_step=_report, name=name)
+    reporting = hook(before_train=_start, after_step=_report, name=name, stops=False)
     return gates.at_end(gates.every(every, attrs.evolve(reporting, reports=True)))
 
 

@@ -83,7 +83,8 @@ def write_metrics(
     for asked in smoothing.values() if isinstance(smoothing, Mapping) else (smoothing,):
         if asked not in get_args(Smoothing):
             raise ValueError(f"smoothing: got {asked!r}, expected one of {', '.join(get_args(Smoothing))}")
-    return resource(WriteMetrics(several, every, window, smoothing), name=name, writes=True, communicates=True)
+    record = WriteMetrics(several, every, window, smoothing)
+    return resource(record, name=name, writes=True, communicates=True, stops=False)
 
 
 class _Live:

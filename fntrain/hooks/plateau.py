@@ -122,4 +122,5 @@ def reduce_lr_on_plateau(
         after_step=record,
         after_train=_AtEnd(record),
         communicates=True,
+        stops=False,
     )

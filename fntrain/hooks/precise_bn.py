@@ -132,7 +132,7 @@ def precise_bn(
             f"data: got {type(data).__name__}, expected a data set or a re-iterable of batches (it is read many times)"
         )
     record = PreciseBN(model, data, whole("num_batches", num_batches, 1), forward or _forward)
-    return gates.at_end(gates.every(every, hook(after_step=record, name=name, communicates=True)))
+    return gates.at_end(gates.every(every, hook(after_step=record, name=name, communicates=True, stops=False)))
 
 
 def _forward(model: nn.Module, batch: Batch) -> Any:

@@ -48,4 +48,4 @@ def check_replicas(*, every: int, name: str = "check_replicas") -> AnyHook:
       >>> check_replicas(every=1000).every
       1000
     """
-    return gates.at_end(gates.every(every, hook(after_step=CheckReplicas(), name=name, communicates=True)))
+    return gates.at_end(gates.every(every, hook(after_step=CheckReplicas(), name=name, communicates=True, stops=False)))

@@ -90,7 +90,7 @@ def rollback_on_spike(
     )
     if snapshot_every % look_every:
         raise ValueError(f"snapshot_every: got {snapshot_every}, expected a multiple of look_every={look_every}")
-    return resource(record, name=name, init=_Start(), reports=True, rewinds=True, communicates=True)
+    return resource(record, name=name, init=_Start(), reports=True, rewinds=True, communicates=True, stops=False)
 
 
 @attrs.frozen

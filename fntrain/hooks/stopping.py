@@ -50,7 +50,13 @@ def early_stopping(
     record = EarlyStopping(metric, mode, whole("patience", patience, 1), min_delta, name)
     start = {"best": None, "step": None, "waited": 0}
     return stateful(
-        name, start, before_train=_AtStart(record), after_step=record, after_train=_AtEnd(record), communicates=True
+        name,
+        start,
+        before_train=_AtStart(record),
+        after_step=record,
+        after_train=_AtEnd(record),
+        communicates=True,
+        stops=False,  # all ranks decide on the same number
     )
 
 

@@ -42,7 +42,7 @@ def trained(strategy, hooks=(), max_steps=9, data=None, **options):
     options = {"norm": True, "optimizer": ft.optimizer(torch.optim.AdamW, lr=0.1), **options}
     step_fn, state, stream = jobs.parts(**options)
     step_fn = ft.shell.distribute(step_fn, strategy)
-    hooks = [ft.stateful("begun", 0, before_step=counted), *hooks]
+    hooks = [ft.stateful("begun", 0, before_step=counted, stops=False), *hooks]
     yielded, seen = [], ft.hook(after_train=lambda state: yielded.append(whole(state)))
     states = ft.states(step_fn, [*hooks, seen], state=state, data=data or stream, max_steps=max_steps)
     yielded.extend(state.step for state in states)
@@ -234,3 +234,50 @@ def failing_on_one():
 def test_an_error_of_one_rank_after_the_backward_leaves_the_others_alone(ranks):
     """It asks nobody to arrange gradients anew."""
     assert ranks(2)(failing_on_one) == [5, 4]
+
+
+def questions(hooks):
+    """At which steps a rank asks the others whether to stop."""
+    from fntrain.shell.ranks import Connected
+
+    asked, right, now = [], Connected.most, [0]
+
+    def most(self, number):
+        asked.append(now[0])
+        return right(self, number)
+
+    look = ft.hook(before_step=lambda state: now.__setitem__(0, state.step + 1), stops=False)
+    Connected.most = most
+    try:
+        trained("ddp", [look, *hooks], max_steps=6)
+    finally:
+        Connected.most = right
+    return [step for step in asked if step]
+
+
+def silent():
+    return [
+        ft.hooks.iteration_timer(),
+        ft.hooks.ema(0.9),
+        ft.hooks.write_metrics(ft.writers.memory(), every=2),
+        ft.hooks.check_replicas(every=3),
+        ft.hook(before_train=lambda state: None, after_train=lambda state: None),
+        ft.on_main(ft.hook(after_step=lambda state: None)),
+    ]
+
+
+def test_ranks_ask_whether_to_stop_only_where_one_might(ranks):
+    """Not for hooks that never do, or do on all alike; every n steps for one that runs every n."""
+
+    assert ranks(2)(asking_of_each) == [{"silent": [], "every 2": [2, 4, 6], "every": [1, 2, 3, 4, 5, 6]}] * 2
+
+
+def asking_of_each():
+    def ends(state):
+        pass
+
+    return {
+        "silent": questions(silent()),
+        "every 2": questions([*silent(), ft.every(2, ft.hook(after_step=ends))]),
+        "every": questions([ft.hooks.stop_when(lambda state: False, "never")]),
+    }

@@ -241,7 +241,8 @@ def law_failing_call(tmp_path, monkeypatch, name, act, code):
 @pytest.mark.parametrize("name", CALLS)
 def test_a_failing_system_call(tmp_path, monkeypatch, name):
     """Any call that writes or looks at directories fails, at any time and from then on."""
-    assert law_failing_call(tmp_path, monkeypatch, name, "run", errno.EIO) > 1
+    called = law_failing_call(tmp_path, monkeypatch, name, "run", errno.EIO) > 1
+    assert called or (name == "listdir" and sys.version_info >= (3, 13))  # pathlib calls scandir there
 
 
 @pytest.mark.slow

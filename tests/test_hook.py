@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import COUNTS, GATES, HOOKS, A, B, even, note_a
+from torch import nn
 
 import fntrain as ft
 from fntrain.hook import flatten
@@ -130,3 +131,29 @@ def test_misuse_names_what_was_wrong(call, error, message):
     """Every wrong argument is an error when the hook is built."""
     with pytest.raises(error, match=message):
         call()
+
+
+def test_of_the_standard_hooks_only_two_may_stop_one_rank_alone():
+    """The others never ask to stop, or decide on what all ranks have: these spare a message after each step."""
+    never = [
+        ft.hooks.best_checkpoint("runs", "x", mode="max"),
+        ft.hooks.check_replicas(every=1),
+        ft.hooks.checkpoint("runs", every=1),
+        ft.hooks.early_stopping("x", mode="max", patience=1),
+        ft.hooks.ema(0.9),
+        ft.hooks.evaluate(dict, every=1),
+        ft.hooks.iteration_timer(),
+        ft.hooks.memory_stats(every=1),
+        ft.hooks.precise_bn(nn.BatchNorm1d(1), [], every=1),
+        ft.hooks.reduce_lr_on_plateau("x", mode="max", patience=1),
+        ft.hooks.rollback_on_spike("x"),
+        ft.hooks.timed(ft.hooks.iteration_timer()),
+        ft.hooks.write_metrics(ft.writers.memory()),
+    ]
+    on_main = [ft.hooks.profile("runs", when=bool), ft.hooks.progress_bar()]
+    assert [one for one in flatten(never) if getattr(one, "hook", one).stops] == []
+    assert all(one.main for one in flatten(on_main))
+    may = [ft.hooks.on_signal(), ft.hooks.stop_when(bool, "it"), ft.hook(after_step=print)]
+    assert all(getattr(one, "hook", one).stops for one in flatten(may))
+    known = {*ft.hooks.__all__} - {"averaged", "keep_best", "stop_when", "on_signal", "profile", "progress_bar"}
+    assert len(never) == len(known)

@@ -109,7 +109,9 @@ def timed(hooks: Any, *, name: str = "timed") -> AnyHook:
     singles, spent = flatten(hooks), Spent()
     if not singles:
         return identity
-    return compose(resource(spent, name=name), *(_timed_single(single, spent, i) for i, single in enumerate(singles)))
+    return compose(
+        resource(spent, name=name, stops=False), *(_timed_single(single, spent, i) for i, single in enumerate(singles))
+    )
 
 
 def _timed_single(single: Hook | Gated, spent: Spent, index: int) -> Hook | Gated:

@@ -124,7 +124,7 @@ def _states(
                 state, unseen = _step(step_fn, state, batch), True
                 del batch  # or it would live until the next one is there: one batch of memory
                 state = _call(after_step, state, 0)
-                if any(state.step % period == 0 for period in asking):
+                if asking and any(state.step % period == 0 for period in asking):
                     state = _agreed(state)
                 if state.run.stop is None and (max_steps is None or state.step < max_steps):
                     unseen = False

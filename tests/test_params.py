@@ -656,6 +656,7 @@ CONTENTS = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly:UserWarning")  # of torch 2.11
 @pytest.mark.parametrize("name", CONTENTS)
 def test_torch_files_of_something_else_are_refused(tmp_path, name, monkeypatch):
     """What is there is told, nothing is left out silently, and no code of the file runs."""

@@ -257,6 +257,7 @@ def law_trace_holds_its_steps(tmp_path, profile):
     assert ends["step 2"] <= ends["ProfilerStep#2"] <= events["after 2"]["ts"]
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # of torch 2.11
 def test_a_trace_holds_its_steps_from_batch_to_update(tmp_path):
     """The predicate gets the number that gates count, and the stretch is one trace named by its first step."""
     law_trace_holds_its_steps(tmp_path, ft.hooks.profile)

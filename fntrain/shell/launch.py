@@ -272,7 +272,8 @@ class _Job:
 
     def hear(self, seconds: float) -> None:
         """Wait for a rank to say something or end; what it says may be more than a pipe holds."""
-        wait([*(process.sentinel for process in self.running), *self.pipes.values()], timeout=seconds)
+        if waited := [*(process.sentinel for process in self.running), *self.pipes.values()]:
+            wait(waited, timeout=seconds)  # for nothing it would wait all the same, if the last has ended just now
         for rank, pipe in list(self.pipes.items()):
             try:
                 while pipe.poll():

@@ -60,10 +60,10 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 import fntrain as ft
-from fntrain import tree
-from fntrain.shell import tensor_file
-from fntrain.shell.saver import Saver
-from fntrain.state import named_leaves
+from fntrain.core import tree
+from fntrain.core.state import named_leaves
+from fntrain.shell.checkpoints import tensor_file
+from fntrain.shell.checkpoints.saver import Saver
 
 Seconds = dict[str, float]  # what they are of -> seconds
 Rounds = dict[str, list[Seconds]]  # case -> rounds, the first one too

@@ -156,7 +156,7 @@ def time_collectives(out: Path, repeats: int = 200) -> None:
     vector = torch.zeros(3, dtype=torch.float64)
     pieces: dict[str, Callable[[], object]] = {
         "a message of 24 bytes": lambda: dist.all_reduce(vector),
-        "a question (8 bytes, channel of its own)": lambda: here.most(0),
+        "a question (8 bytes, channel of its own)": lambda: here.max(0),
         "a write (8 metrics of 20 steps)": lambda: here.gather(row),
     }
     found = {}

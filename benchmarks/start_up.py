@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import fntrain as ft
-from fntrain.shell.launch import Placed, connected, launch
+from fntrain.shell.launching.launch import Placed, connected, launch
 
 KINDS = ("launch (forkserver)", "forkserver without preload", "spawn")
 

@@ -4,11 +4,10 @@ Training is a pure fold, state_n = reduce(step_fn, batches, state_0), over a ste
 `(TrainState, batch) -> TrainState` on immutable records; everything else is built around that line.
 """
 
+from typing import TYPE_CHECKING
+
 from fntrain import data, events, hooks, schedules, shell, writers
-from fntrain.batch import num_samples, split_batch
-from fntrain.cli import main
-from fntrain.config import Config, scale_config, to_dict
-from fntrain.errors import (
+from fntrain.core.errors import (
     CheckpointError,
     ConfigError,
     DataExhaustedError,
@@ -20,22 +19,28 @@ from fntrain.errors import (
     ReplicaError,
     StateConsumedError,
 )
+from fntrain.core.fold import fit, states
+from fntrain.core.gates import at_end, between, every, first, on_main, when
+from fntrain.core.hook import Hook, compose, hook, identity, resource, stateful
+from fntrain.core.rng import fold_in, preserved_generators, seed_generators
+from fntrain.core.state import Run, StepFn, Stop, TrainState, digest, named_leaves, remember, snapshot, stop
 from fntrain.evaluation import Evaluation, evaluation
 from fntrain.events import name_scope, put_histogram, put_image, put_scalar, put_scalars, put_text
-from fntrain.fold import fit, states
-from fntrain.gates import at_end, between, every, first, on_main, when
-from fntrain.history import History
-from fntrain.hook import Hook, compose, hook, identity, resource, stateful
-from fntrain.loss import weighted
-from fntrain.module import bound, init_state, load_into
-from fntrain.optim import Optimizer, group, optimizer
-from fntrain.predictor import Predictor, predictor
-from fntrain.recipe import Job, Recipe, Result, build, default_hooks, run
-from fntrain.rng import fold_in, preserved_generators, seed_generators
-from fntrain.shell.checkpoint import latest, load, resume_or, save
-from fntrain.shell.params import export, load_params
-from fntrain.state import Run, StepFn, Stop, TrainState, digest, named_leaves, remember, snapshot, stop
-from fntrain.step import SupervisedStep, supervised_step
+from fntrain.lazy import exported_later
+from fntrain.shell.checkpoints.save_load import latest, load, resume_or, save
+from fntrain.steps.batch import num_samples, split_batch
+from fntrain.steps.loss import weighted
+from fntrain.steps.module import bound, init_state, load_into
+from fntrain.steps.optim import Optimizer, group, optimizer
+from fntrain.steps.supervised import SupervisedStep, supervised_step
+from fntrain.writers.history import History
+
+if TYPE_CHECKING:
+    from fntrain.jobs.cli import main
+    from fntrain.jobs.config import Config, scale_config, to_dict
+    from fntrain.jobs.predictor import Predictor, predictor
+    from fntrain.jobs.recipe import Job, Recipe, Result, build, default_hooks, run
+    from fntrain.shell.weights.load import export, load_params
 
 __all__ = [
     "CheckpointError",
@@ -119,3 +124,28 @@ __all__ = [
     "when",
     "writers",
 ]
+
+__getattr__ = exported_later(
+    globals(),
+    {
+        "Config": "fntrain.jobs.config",
+        "Job": "fntrain.jobs.recipe",
+        "Predictor": "fntrain.jobs.predictor",
+        "Recipe": "fntrain.jobs.recipe",
+        "Result": "fntrain.jobs.recipe",
+        "build": "fntrain.jobs.recipe",
+        "default_hooks": "fntrain.jobs.recipe",
+        "export": "fntrain.shell.weights.load",
+        "load_params": "fntrain.shell.weights.load",
+        "jobs": "fntrain.jobs",
+        "main": "fntrain.jobs.cli",
+        "predictor": "fntrain.jobs.predictor",
+        "run": "fntrain.jobs.recipe",
+        "scale_config": "fntrain.jobs.config",
+        "to_dict": "fntrain.jobs.config",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return __all__

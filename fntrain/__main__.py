@@ -13,10 +13,10 @@ from typing import Any
 
 import attrs
 
-from fntrain.errors import FntrainError
-from fntrain.shell import inspect
-from fntrain.shell.params import export
-from fntrain.shell.weights import read_weights
+from fntrain.core.errors import FntrainError
+from fntrain.shell.weights import inspect
+from fntrain.shell.weights.files import read_weights
+from fntrain.shell.weights.load import export
 
 _PATH = (
     "a checkpoint, a directory of them (the newest counts), a safetensors file, an index of several, or their directory"

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fntrain import events
-from fntrain.batch import Batch, map_batch, num_samples
-from fntrain.loss import Weighted
-from fntrain.module import bound
-from fntrain.ranks import Ranks
-from fntrain.rng import preserved_generators, seed_generators
-from fntrain.state import TrainState
+from fntrain.core.ranks import Ranks
+from fntrain.core.rng import preserved_generators, seed_generators
+from fntrain.core.state import TrainState
+from fntrain.steps.batch import Batch, map_batch, num_samples
+from fntrain.steps.loss import Weighted
+from fntrain.steps.module import bound
 
 MetricsFn = Callable[[nn.Module, Batch], Mapping[str, Any]]
 NOBODYS = -1  # number of a batch that does not count
@@ -80,21 +80,21 @@ class Evaluation:
 
 
 def alongside(
-    share: Iterable[tuple[int, Batch]], data: Iterable[Batch], ranks: Ranks, *, together: bool = False
+    share: Iterable[tuple[int, Batch]], data: Iterable[Batch], ranks: Ranks, *, sharded: bool = False
 ) -> Iterator[tuple[int, Batch]]:
     """Yield a rank's numbered batches; where forwards need all ranks, some batch again while others have more.
 
-    They do if ranks hold parts, or if `together` says so.
+    They do if ranks hold parts, or if `sharded` says so.
 
     Example:
       >>> list(alongside([(0, "a"), (1, "b")], ["a", "b"], Ranks()))
       [(0, 'a'), (1, 'b')]
     """
-    if not (ranks.together or (together and ranks.world_size > 1)):
+    if not (ranks.sharded or (sharded and ranks.world_size > 1)):
         yield from share
         return
     for one in chain(share, repeat(None)):
-        if not ranks.most(one is not None):
+        if not ranks.max(one is not None):
             return
         yield one or (NOBODYS, next(iter(data)))
 

@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 import torch
 
-from fntrain.check import whole
+from fntrain.core.check import whole
 
 
 @attrs.frozen(repr=False)

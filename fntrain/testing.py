@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fntrain import tree
-from fntrain.errors import StateConsumedError
-from fntrain.fold import fit, states
-from fntrain.rng import fold_in
-from fntrain.shell.checkpoint import resume_or, save
-from fntrain.state import StepFn, TrainState, digest, named_leaves, snapshot
+from fntrain.core import tree
+from fntrain.core.errors import StateConsumedError
+from fntrain.core.fold import fit, states
+from fntrain.core.rng import fold_in
+from fntrain.core.state import StepFn, TrainState, digest, named_leaves, snapshot
+from fntrain.shell.checkpoints.save_load import resume_or, save
 
 
 def assert_states_equal(got: TrainState, expected: TrainState) -> None:

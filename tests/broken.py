@@ -3,7 +3,7 @@
 import torch
 
 import fntrain as ft
-from fntrain.shell.in_place import InPlace
+from fntrain.shell.steps.in_place import InPlace
 
 
 def step_that_writes_to_the_old_state(step_fn):

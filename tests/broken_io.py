@@ -13,11 +13,14 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 import fntrain as ft
-from fntrain import data, permutation, tree
-from fntrain.shell import checkpoint, tensor_file
-from fntrain.shell.directory import commit, name_of
-from fntrain.shell.files import Contents
-from fntrain.state import TrainState
+from fntrain import data
+from fntrain.core import tree
+from fntrain.core.state import TrainState
+from fntrain.data import order as permutation
+from fntrain.shell.checkpoints import save_load as checkpoint
+from fntrain.shell.checkpoints import tensor_file
+from fntrain.shell.checkpoints.directory import commit, name_of
+from fntrain.shell.checkpoints.manifest import Contents
 
 
 class EpochTailLost(data.Stream):

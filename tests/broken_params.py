@@ -6,7 +6,7 @@ import safetensors.torch
 import torch
 
 import fntrain as ft
-from fntrain.shell import weights
+from fntrain.shell.weights import files as weights
 
 
 def load_as_it_goes(path, model, *, rename=None, strict=True):

@@ -181,7 +181,7 @@ def raw_loop(model, loss_fn, optimizer, data, *, seed=0, clip=None, schedule=Non
 
 def same(a, b):
     """Whether two mappings of tensors hold the same bits."""
-    return ft.tree.bitwise_equal(dict(a), dict(b))
+    return ft.core.tree.bitwise_equal(dict(a), dict(b))
 
 
 def classification(size=8):

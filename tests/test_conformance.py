@@ -143,7 +143,10 @@ def test_resume_at_12_of_step_lr_3_has_lr_1e_minus_5_and_counts_12(tmp_path):
     schedule = ft.schedules.from_torch(StepLR, lr=0.1, num_steps=20, step_size=3)
     hooks = [look, ft.hooks.checkpoint(tmp_path, every=10)]
     ft.fit(**job(lr=schedule, hooks=hooks), max_steps=12)
-    assert [path.name for path in ft.shell.checkpoint.checkpoints(tmp_path)] == ["step_00000012", "step_00000010"]
+    assert [path.name for path in ft.shell.checkpoints.save_load.checkpoints(tmp_path)] == [
+        "step_00000012",
+        "step_00000010",
+    ]
     assert steps[-1] == (12, 1e-4)
     again = job(lr=schedule, hooks=hooks)
     resumed = ft.resume_or(again["state"], tmp_path)
@@ -156,7 +159,10 @@ def test_resume_at_12_of_step_lr_3_has_lr_1e_minus_5_and_counts_12(tmp_path):
 def test_periodic_checkpoints_and_the_last(tmp_path):
     """PeriodicCheckpointer(period=5, max_iter=12, max_to_keep=2) keeps the last two, the final one among them."""
     ft.fit(**job(hooks=[ft.hooks.checkpoint(tmp_path, every=5, keep_last=2)]), max_steps=12)
-    assert [path.name for path in ft.shell.checkpoint.checkpoints(tmp_path)] == ["step_00000012", "step_00000010"]
+    assert [path.name for path in ft.shell.checkpoints.save_load.checkpoints(tmp_path)] == [
+        "step_00000012",
+        "step_00000010",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -171,9 +177,11 @@ def test_periodic_checkpoints_and_the_last(tmp_path):
 def test_the_best_checkpointer_saves_when_the_score_is_better(tmp_path, monkeypatch, scores, mode, saved):
     """[nan, .8, .9, .9] with mode "min" saves exactly once: a nan neither is the best nor blocks what comes after."""
     steps = []
-    save = ft.shell.saver.Saver.save
+    save = ft.shell.checkpoints.saver.Saver.save
     monkeypatch.setattr(
-        ft.shell.saver.Saver, "save", lambda self, state, then: steps.append(state.step) or save(self, state, then)
+        ft.shell.checkpoints.saver.Saver,
+        "save",
+        lambda self, state, then: steps.append(state.step) or save(self, state, then),
     )
 
     def report(state):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fntrain as ft
-from fntrain.history import History
+from fntrain.writers.history import History
 
 
 class Head(nn.Module):

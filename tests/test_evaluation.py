@@ -6,7 +6,7 @@ from cases import batches, make, square_loss
 from torch import nn
 
 import fntrain as ft
-from fntrain import tree
+from fntrain.core import tree
 
 SGD = ft.optimizer(torch.optim.SGD, lr=0.1)
 

@@ -29,7 +29,7 @@ def test_values_of_micro_batches_combine_as_declared(reduce, expected, kind):
 def test_one_value_keeps_its_bits():
     """Nothing is rescaled where there is nothing to combine."""
     value = torch.tensor(0.1)
-    assert ft.tree.bitwise_equal(merge([collected(lambda: ft.put_scalar("x", value), weight=3)])["x"], value)
+    assert ft.core.tree.bitwise_equal(merge([collected(lambda: ft.put_scalar("x", value), weight=3)])["x"], value)
 
 
 def test_scopes_nest_and_do_nothing_outside():

@@ -10,18 +10,18 @@ from typing import Any, Literal, TypeVar
 
 import attrs
 
-from fntrain import gates
-from fntrain.check import whole
-from fntrain.errors import CheckpointError
-from fntrain.hook import AnyHook, Hook, hook, resource
-from fntrain.ranks import ALONE, agreed
-from fntrain.shell.directory import agreed as agreed_on
-from fntrain.shell.directory import complete, nothing, readable, remove, retain, set_aside, step_of
-from fntrain.shell.files import check_files
-from fntrain.shell.remote import Place, place
-from fntrain.shell.saver import Saver
-from fntrain.shell.upgrade import SchemaError
-from fntrain.state import TrainState, remember
+from fntrain.core import gates
+from fntrain.core.check import whole
+from fntrain.core.errors import CheckpointError
+from fntrain.core.hook import AnyHook, Hook, hook, resource
+from fntrain.core.ranks import ALONE, agreed
+from fntrain.core.state import TrainState, remember
+from fntrain.shell.checkpoints.directory import agreed as agreed_on
+from fntrain.shell.checkpoints.directory import complete, nothing, readable, remove, retain, set_aside, step_of
+from fntrain.shell.checkpoints.manifest import check_files
+from fntrain.shell.checkpoints.remote import Place, place
+from fntrain.shell.checkpoints.saver import Saver
+from fntrain.shell.checkpoints.upgrade import SchemaError
 
 _log = logging.getLogger("fntrain")
 _DECLARED: Any = {"communicates": True, "stops": False}
@@ -102,9 +102,9 @@ class _Live:
         self.first = ranks.rank == 0
 
         def begin() -> Any:
-            if self.first or ranks.together:
+            if self.first or ranks.sharded:
                 saver = Saver(
-                    place(self.directory), asynchronous=self.asynchronous, ranks=ranks if ranks.together else ALONE
+                    place(self.directory), asynchronous=self.asynchronous, ranks=ranks if ranks.sharded else ALONE
                 )
                 self.saver = self.stack.enter_context(saver)
             return look(self.saver.root) if self.first and self.saver is not None else None

@@ -10,10 +10,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from fntrain import gates, tree
-from fntrain.hook import AnyHook, stateful
-from fntrain.state import TrainState, remember
-from fntrain.tree import PyTree
+from fntrain.core import gates, tree
+from fntrain.core.hook import AnyHook, stateful
+from fntrain.core.state import TrainState, remember
+from fntrain.core.tree import PyTree
 
 _LOW = (torch.float16, torch.bfloat16)
 

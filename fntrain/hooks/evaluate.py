@@ -6,13 +6,13 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from fntrain import gates
+from fntrain.core import gates
+from fntrain.core.hook import AnyHook, hook
+from fntrain.core.ranks import Ranks, combined
+from fntrain.core.state import TrainState
 from fntrain.evaluation import flattened
 from fntrain.events import MetricName, Scalar
-from fntrain.hook import AnyHook, hook
 from fntrain.hooks.ema import averaged
-from fntrain.ranks import Ranks, combined
-from fntrain.state import TrainState
 
 
 @attrs.frozen

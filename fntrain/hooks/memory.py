@@ -5,10 +5,10 @@ from pathlib import Path
 import attrs
 import torch
 
-from fntrain import gates
+from fntrain.core import gates
+from fntrain.core.hook import AnyHook, hook
+from fntrain.core.state import TrainState
 from fntrain.events import MetricName
-from fntrain.hook import AnyHook, hook
-from fntrain.state import TrainState
 
 STATUS = Path("/proc/self/status")  # of Linux
 PROCESS = {

@@ -11,13 +11,13 @@ import attrs
 import torch
 from torch import Tensor
 
-from fntrain.check import whole
-from fntrain.grads import stalls
-from fntrain.history import History
-from fntrain.hook import AnyHook, Hook, hook, resource
-from fntrain.ranks import WEIGHT, Ranks, combined
-from fntrain.state import TrainState
+from fntrain.core.check import whole
+from fntrain.core.hook import AnyHook, Hook, hook, resource
+from fntrain.core.ranks import WEIGHT, Ranks, combined
+from fntrain.core.state import TrainState
+from fntrain.steps.grads import stalls
 from fntrain.writers import Row, Writer, WriteRow
+from fntrain.writers.history import History
 
 Smoothing = Literal["median", "mean", "latest", "global_mean"]
 WINDOWED = ("median", "mean")

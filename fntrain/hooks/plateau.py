@@ -6,12 +6,12 @@ from typing import Literal
 
 import attrs
 
-from fntrain.check import whole
-from fntrain.hook import AnyHook, stateful
+from fntrain.core.check import whole
+from fntrain.core.hook import AnyHook, stateful
+from fntrain.core.ranks import agreed
+from fntrain.core.state import TrainState, remember
 from fntrain.hooks.checkpoint import tell_unseen
-from fntrain.optim import LR_SCALE, lr_scale
-from fntrain.ranks import agreed
-from fntrain.state import TrainState, remember
+from fntrain.steps.optim import LR_SCALE, lr_scale
 
 _log = logging.getLogger("fntrain")
 

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
-from fntrain import events, gates, tree
-from fntrain.batch import Batch, map_batch
-from fntrain.check import whole
+from fntrain import events
+from fntrain.core import gates, tree
+from fntrain.core.check import whole
+from fntrain.core.hook import AnyHook, hook
+from fntrain.core.rng import preserved_generators, seed_generators
+from fntrain.core.state import TrainState
 from fntrain.evaluation import NOBODYS, alongside
-from fntrain.hook import AnyHook, hook
-from fntrain.module import bound
-from fntrain.rng import preserved_generators, seed_generators
-from fntrain.state import TrainState
+from fntrain.steps.batch import Batch, map_batch
+from fntrain.steps.module import bound
 
 _USE = 0x707265_626E  # keeps the draws of these forwards apart from those of the step
 
@@ -58,7 +59,7 @@ class PreciseBN:
             )  # whole ones: shared out
             syncs = any(isinstance(one, nn.SyncBatchNorm) and one.training for one in self.model.modules())
             with _measuring(layers.values()) as found:
-                for number, batch in alongside(share, self.data, ranks, together=syncs):
+                for number, batch in alongside(share, self.data, ranks, sharded=syncs):
                     seed_generators(state.seed, state.step, _USE, max(number, 0))
                     self.forward(self.model, map_batch(lambda tensor: tensor.to(device, non_blocking=True), batch))
                     if number != NOBODYS:
@@ -68,7 +69,7 @@ class PreciseBN:
             theirs = ranks.gather({name: tree.map_tensors(Tensor.cpu, parts) for name, parts in mine.items()})
             names = dict.fromkeys(name for parts in theirs for name in parts)
             mine = {name: reduce(_merged, [parts[name] for parts in theirs if name in parts]) for name in names}
-            given = ranks.most(given)
+            given = ranks.max(given)
         if not given:
             raise ValueError("precise_bn: the data gave no batch")
         buffers = dict(state.buffers)

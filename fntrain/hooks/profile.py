@@ -12,10 +12,10 @@ import torch
 from torch import profiler
 from torch.profiler import ProfilerActivity
 
-from fntrain import gates
-from fntrain.check import whole
-from fntrain.hook import AnyHook, Hook, Predicate, hook, resource
-from fntrain.state import TrainState
+from fntrain.core import gates
+from fntrain.core.check import whole
+from fntrain.core.hook import AnyHook, Hook, Predicate, hook, resource
+from fntrain.core.state import TrainState
 
 _log = logging.getLogger("fntrain")
 

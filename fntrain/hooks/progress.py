@@ -5,10 +5,10 @@ from contextlib import contextmanager
 
 import attrs
 
-from fntrain import gates
-from fntrain.errors import MissingExtraError
-from fntrain.hook import AnyHook, Hook, hook, resource
-from fntrain.state import TrainState
+from fntrain.core import gates
+from fntrain.core.errors import MissingExtraError
+from fntrain.core.hook import AnyHook, Hook, hook, resource
+from fntrain.core.state import TrainState
 
 
 @attrs.frozen

@@ -2,10 +2,10 @@
 
 import attrs
 
-from fntrain import gates, tree
-from fntrain.errors import ReplicaError
-from fntrain.hook import AnyHook, hook
-from fntrain.state import TrainState, named_leaves
+from fntrain.core import gates, tree
+from fntrain.core.errors import ReplicaError
+from fntrain.core.hook import AnyHook, hook
+from fntrain.core.state import TrainState, named_leaves
 
 
 @attrs.frozen

@@ -12,13 +12,13 @@ from typing import Any
 import attrs
 import torch
 
-from fntrain import tree
-from fntrain.check import whole
+from fntrain.core import tree
+from fntrain.core.check import whole
+from fntrain.core.hook import AnyHook, Hook, hook, resource
+from fntrain.core.ranks import agreed
+from fntrain.core.state import TrainState, remember, snapshot, stop
 from fntrain.events import MetricName
-from fntrain.hook import AnyHook, Hook, hook, resource
 from fntrain.hooks.metrics import to_host
-from fntrain.ranks import agreed
-from fntrain.state import TrainState, remember, snapshot, stop
 
 _log = logging.getLogger("fntrain")
 ROLLBACKS = MetricName("rollbacks", reduce="max", smooth="each")

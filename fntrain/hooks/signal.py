@@ -14,8 +14,8 @@ from typing import Any
 
 import attrs
 
-from fntrain.hook import AnyHook, Hook, hook, resource
-from fntrain.state import TrainState, stop
+from fntrain.core.hook import AnyHook, Hook, hook, resource
+from fntrain.core.state import TrainState, stop
 
 _log = logging.getLogger("fntrain")
 arrived: set[int] = set()  # signals that the hook of this process has seen: a launcher need not pass them on
@@ -128,7 +128,7 @@ class _Live:
 
     def finish(self, state: TrainState) -> None:
         """Let all ranks end as the one that the signal came to."""
-        if number := state.run.ranks.most(self.came or 0):
+        if number := state.run.ranks.max(self.came or 0):
             self.told |= self.came is None
             self.came = signal.Signals(number)
 

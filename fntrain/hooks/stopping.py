@@ -6,11 +6,11 @@ from typing import Any
 
 import attrs
 
-from fntrain.check import whole
-from fntrain.hook import AnyHook, Predicate, hook, stateful
+from fntrain.core.check import whole
+from fntrain.core.hook import AnyHook, Predicate, hook, stateful
+from fntrain.core.ranks import agreed
+from fntrain.core.state import TrainState, remember, stop
 from fntrain.hooks.checkpoint import Mode
-from fntrain.ranks import agreed
-from fntrain.state import TrainState, remember, stop
 
 _log = logging.getLogger("fntrain")
 

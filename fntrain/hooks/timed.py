@@ -8,8 +8,8 @@ from typing import Any
 
 import attrs
 
-from fntrain.hook import PHASES, AnyHook, Callback, Gated, Hook, compose, flatten, hook, identity, resource
-from fntrain.state import TrainState
+from fntrain.core.hook import PHASES, AnyHook, Callback, Gated, Hook, compose, flatten, hook, identity, resource
+from fntrain.core.state import TrainState
 
 _log = logging.getLogger("fntrain")
 

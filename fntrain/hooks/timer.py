@@ -9,10 +9,10 @@ from typing import Any
 
 import attrs
 
-from fntrain.check import whole
+from fntrain.core.check import whole
+from fntrain.core.hook import AnyHook, Hook, hook, resource
+from fntrain.core.state import TrainState
 from fntrain.events import MetricName
-from fntrain.hook import AnyHook, Hook, hook, resource
-from fntrain.state import TrainState
 
 _log = logging.getLogger("fntrain")
 DATA = MetricName("time/data", reduce="max")  # of several ranks the slowest is what all wait for

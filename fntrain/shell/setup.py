@@ -13,10 +13,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from fntrain.config import differences
-from fntrain.errors import ConfigError
-from fntrain.precision import FLOAT32
-from fntrain.shell.remote import RemotePath, place
+from fntrain.core.errors import ConfigError
+from fntrain.shell.checkpoints.remote import RemotePath, place
+from fntrain.steps.precision import FLOAT32
 
 _log = logging.getLogger("fntrain")
 
@@ -151,6 +150,23 @@ def keep_config(directory: str | os.PathLike[str], config: Mapping[str, Any]) ->
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List the settings that differ, one line each, nested ones by dotted name.
+
+    Example:
+      >>> differences({"lr": 0.1, "model": {"width": 8}}, {"lr": 0.1, "model": {"width": 16}})
+      ['model.width: 8 -> 16']
+    """
+    lines = []
+    for name in [*old, *(name for name in new if name not in old)]:
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            lines.append(f"{prefix}{name}: {a!r} -> {b!r}")
+    return lines
 
 
 class _Console(logging.StreamHandler):  # type: ignore[type-arg]

@@ -3,16 +3,19 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fntrain.lazy import exported_later
 from fntrain.writers.console import Console, console
 from fntrain.writers.jsonl import Jsonl, jsonl
 from fntrain.writers.memory import Memory, memory
-from fntrain.writers.mlflow import MLflow, mlflow
 from fntrain.writers.row import Row, Writer, WriteRow
 from fntrain.writers.tensorboard import TensorBoard, tensorboard
-from fntrain.writers.trackio import Trackio, trackio
-from fntrain.writers.wandb import Wandb, wandb
+
+if TYPE_CHECKING:
+    from fntrain.writers.trackers.mlflow import MLflow, mlflow
+    from fntrain.writers.trackers.trackio import Trackio, trackio
+    from fntrain.writers.trackers.wandb import Wandb, wandb
 
 __all__ = [
     "Console",
@@ -34,6 +37,22 @@ __all__ = [
     "trackio",
     "wandb",
 ]
+
+__getattr__ = exported_later(
+    globals(),
+    {
+        "MLflow": "fntrain.writers.trackers.mlflow",
+        "Trackio": "fntrain.writers.trackers.trackio",
+        "Wandb": "fntrain.writers.trackers.wandb",
+        "mlflow": "fntrain.writers.trackers.mlflow",
+        "trackio": "fntrain.writers.trackers.trackio",
+        "wandb": "fntrain.writers.trackers.wandb",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def default(directory: str | os.PathLike[str], *, hparams: Mapping[str, Any] | None = None) -> tuple[Writer, ...]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import attrs
 
-from fntrain.history import History
+from fntrain.writers.history import History
 from fntrain.writers.row import Row, WriteRow
 
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import attrs
 
-from fntrain.history import History
+from fntrain.writers.history import History
 
 
 @attrs.frozen(kw_only=True)

@@ -1,0 +1,122 @@
+"""predictor: a trained recipe as a function of raw inputs."""
+
+import json
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from fntrain.core import tree
+from fntrain.core.check import whole
+from fntrain.core.errors import ConfigError
+from fntrain.core.state import TrainState
+from fntrain.jobs.config import from_dict
+from fntrain.jobs.recipe import Recipe, device_of
+from fntrain.shell.checkpoints.remote import Place, RemotePath, place
+from fntrain.shell.checkpoints.save_load import latest
+from fntrain.shell.weights.load import load_params
+from fntrain.steps.batch import map_batch
+from fntrain.steps.module import load_into
+
+
+@attrs.frozen(kw_only=True)
+class Predictor:
+    """A function of raw inputs; made by `predictor`. The model is its own: training goes on without it."""
+
+    recipe: Recipe = attrs.field(repr=False)
+    model: nn.Module = attrs.field(repr=lambda model: type(model).__name__)
+    config: Any
+
+    def __call__(self, raw: Any) -> Any:
+        """Return the result for one raw input."""
+        return self.batch([raw])[0]
+
+    def batch(self, raws: Iterable[Any], *, batch_size: int = 256) -> list[Any]:
+        """Return the results for several raw inputs, in order.
+
+        Args:
+          raws: any number of them.
+          batch_size: how many the model is given at once.
+        Raises:
+          ValueError: the model gave another number of outputs than it got samples.
+        """
+        samples = [self.recipe.preprocess(raw) for raw in raws]
+        results: list[Any] = []
+        for start in range(0, len(samples), whole("batch_size", batch_size, 1)):
+            some = samples[start : start + batch_size]
+            outputs = self._outputs(default_collate(some))
+            for tensor in tree.tensors(outputs):
+                if tensor.ndim == 0 or len(tensor) != len(some):
+                    raise ValueError(
+                        f"predict_fn: gave an output of shape {tuple(tensor.shape)} for {len(some)} samples; expected "
+                        f"tensors whose first dimension is {len(some)}, in dicts, lists or tuples"
+                    )
+            for index in range(len(some)):
+                results.append(self.recipe.postprocess(tree.map_tensors(lambda t, index=index: t[index], outputs)))  # type: ignore[misc]
+        return results
+
+    def _outputs(self, batch: Any) -> Any:
+        device = next(self.model.parameters()).device
+        with torch.inference_mode():
+            outputs = self.recipe.predict_fn(self.model, map_batch(lambda tensor: tensor.to(device), batch))
+        return tree.map_tensors(Tensor.cpu, outputs)
+
+
+def predictor(
+    recipe: Recipe,
+    checkpoint: TrainState | str | os.PathLike[str],
+    *,
+    config: Any = None,
+    device: str | None = None,
+) -> Predictor:
+    """Make a function of raw inputs from a trained recipe: preprocess, model in eval mode, postprocess.
+
+    Args:
+      recipe: its `build_model`, `preprocess`, `predict_fn` and `postprocess` are used.
+      checkpoint: directory of a run (its newest intact checkpoint, and its config.json), one checkpoint, a safetensors
+        file, or a state, such as `ft.hooks.averaged(state)`.
+      config: settings in place of the run's or the recipe's.
+      device: in place of the one in the settings, which may have been of another machine.
+    Raises:
+      CheckpointError: nothing there, damaged, or of another model.
+      ConfigError: the run's config.json is not of this recipe; there is no such device here.
+    Example:
+      >>> recipe = ft.Recipe(build_model=lambda config: nn.Linear(2, 1), build_data=lambda config: [],
+      ...                    loss_fn=lambda model, batch: model(batch).mean(), postprocess=lambda output: output.item())
+      >>> state = ft.TrainState(step=9, position=9, seed=0,
+      ...                       params={"weight": torch.ones(1, 2), "bias": torch.zeros(1)})
+      >>> predict = predictor(recipe, state)
+      >>> predict(torch.tensor([1.0, 2.0])), predict.batch([torch.ones(2), torch.zeros(2)])
+      (3.0, [2.0, 0.0])
+
+    Source: detectron2's DefaultPredictor
+    """
+    if isinstance(checkpoint, TrainState):
+        config = recipe.config if config is None else config
+        model = recipe.build_model(config)
+        load_into(model, checkpoint)
+    else:
+        path = place(checkpoint)
+        config = _kept(recipe, path) if config is None else config
+        model = recipe.build_model(config)
+        load_params(latest(path) or path, model)
+    config = config if device is None else attrs.evolve(config, device=device)
+    model.to(device_of(config)).eval().requires_grad_(False)
+    return Predictor(recipe=recipe, model=model, config=config)
+
+
+def _kept(recipe: Recipe, path: Place) -> Any:
+    """The settings kept with a checkpoint: in its directory, the run's, or the one above (`best/` is in the run's)."""
+    path = path if isinstance(path, RemotePath) else path.absolute()
+    for one in (path, path.parent, path.parent.parent):
+        kept = one / "config.json"
+        if kept.is_file():
+            try:
+                return from_dict(recipe.config, json.loads(kept.read_bytes()))
+            except (ValueError, AttributeError) as error:
+                raise ConfigError(f"{kept}: is not of this recipe ({error}); give config=...") from error
+    return recipe.config

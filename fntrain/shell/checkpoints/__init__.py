@@ -1,0 +1,4 @@
+"""Checkpoints: directories of safetensors files that are there whole or not at all.
+
+Read first: `save_load`.
+"""

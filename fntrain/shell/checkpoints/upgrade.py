@@ -1,0 +1,78 @@
+"""Manifests of past versions, brought to the form of this one; the tests keep a checkpoint of each.
+
+Schema 1 had one crc32 for a whole tensor, tensors in the order of the state, and of a file only its header's crc32.
+Schema 2 had no tensors that are split over ranks; a checkpoint without any is still written as one of it.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from fntrain.core.errors import CheckpointError
+from fntrain.shell.checkpoints.remote import Place
+from fntrain.shell.checkpoints.tensor_file import Reader, crc32
+
+SCHEMA = 3
+Manifest = dict[str, Any]
+
+
+class SchemaError(CheckpointError):
+    """The checkpoint is of a later version; it is not damaged, and must not be passed over."""
+
+
+def upgraded(manifest: Manifest, path: Place) -> Manifest:
+    """Return the manifest of a checkpoint in the form of this version.
+
+    Raises:
+      SchemaError: it is of a later version.
+      LookupError, TypeError, ValueError, AttributeError, RecursionError: it is damaged.
+    """
+    schema = manifest["schema"]
+    if type(schema) is not int or schema < 1:
+        raise ValueError(f"schema is {schema!r}")
+    if schema > SCHEMA:
+        raise SchemaError(
+            f"{path}: written by a later version of fntrain (schema {schema}; this one reads up to {SCHEMA}); upgrade, "
+            "or move it away to go on from an earlier one"
+        )
+    for version in range(schema, SCHEMA):
+        manifest = _UPGRADES[version](manifest, path)
+    return manifest
+
+
+def _from_1(manifest: Manifest, path: Place) -> Manifest:
+    files = {}
+    offsets: dict[tuple[str, str], int] = {}
+    for file, expected in manifest["headers"].items():
+        if file not in ("model.safetensors", "train.safetensors"):
+            raise ValueError(f"file {file!r}")
+        with Reader(path / file) as reader:
+            length = bytearray(8)
+            reader.read_into(0, memoryview(length))
+            head = bytearray(8 + min(int.from_bytes(length, "little"), reader.bytes))
+            reader.read_into(0, memoryview(head))
+            if crc32(head[8:]) != expected:
+                raise CheckpointError(f"{path / file}: header is damaged (checksum differs)")
+        ends = [0]
+        for name, entry in json.loads(head[8:]).items():
+            if name != "__metadata__":
+                offsets[file, name], end = entry["data_offsets"]
+                ends.append(end)
+        files[file] = {"header": len(head), "crc32": crc32(head), "bytes": len(head) + max(ends)}
+    tensors = {leaf: entry | {"crc32": [entry["crc32"]]} for leaf, entry in manifest["tensors"].items()}
+    order = sorted(
+        tensors, key=lambda leaf: (tensors[leaf]["file"], offsets[tensors[leaf]["file"], tensors[leaf]["name"]])
+    )
+    return manifest | {
+        "schema": 2,
+        "part": 1 << 62,  # the whole tensor
+        "files": files,
+        "tensors": {leaf: tensors[leaf] for leaf in order},
+    }
+
+
+def _from_2(manifest: Manifest, _path: Place) -> Manifest:
+    return manifest | {"schema": 3, "whole": {}}
+
+
+_UPGRADES: dict[int, Callable[[Manifest, Place], Manifest]] = {1: _from_1, 2: _from_2}

@@ -1,0 +1,123 @@
+"""Adam and AdamW by torch's fused kernel, called on lists made once instead of through the class's step.
+
+The arithmetic is the kernel's, so the result is bitwise the class's; what is saved is finding the same tensors again
+at every step.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from fntrain.core.state import TrainState
+from fntrain.steps.grads import stalls
+from fntrain.steps.optim import BoundOptimizer, lr_scale
+
+_CLASSES = (torch.optim.Adam, torch.optim.AdamW)
+_MEMORY = {"step", "exp_avg", "exp_avg_sq"}
+
+
+@attrs.frozen(eq=False)
+class FusedAdam:
+    """The update of one module, on the tensors its parameters and optimizer state are kept in."""
+
+    groups: list["_Group"]
+    names: frozenset[str]
+
+    @classmethod
+    def of(
+        cls, bound: BoundOptimizer, params: Mapping[str, Tensor], opt_state: Mapping[str, dict[str, Any]]
+    ) -> "FusedAdam | None":
+        """Return the update if the class, its options and its state are the plain fused ones, else None."""
+        optimizer = bound.template
+        if type(optimizer) not in _CLASSES or bound.tensors:
+            return None
+        groups = []
+        for names, group, hyper in zip(bound.names, optimizer.param_groups, bound.scheduled, strict=True):
+            memory = _MEMORY | ({"max_exp_avg_sq"} if group["amsgrad"] else set())
+            kept = [opt_state.get(name, {}) for name in names]
+            kinds = {(params[name].dtype, params[name].device) for name in names}
+            if not group["fused"] or len(kinds) > 1 or any(one.keys() != memory for one in kept):
+                return None
+            lists = [[one[key] for one in kept if key in one] for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")]
+            counts = torch.stack([one["step"] for one in kept])  # counted in one operation, seen one by one
+            for one, count in zip(kept, counts.unbind(), strict=True):
+                one["step"] = count
+            options = {key: group[key] for key in ("lr", "betas", "weight_decay", "eps", "amsgrad", "maximize")}
+            lists = [*lists, [one["step"] for one in kept]]
+            counted = None if stalls(counts) else counts.numpy()
+            kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+            leaves = [params[name] for name in names]
+            groups.append(_Group(kernel, names, leaves, lists, counts, counted, options, hyper))
+        return cls(groups, frozenset(name for names in bound.names for name in names))
+
+    def lrs(self, state: TrainState) -> list[float] | None:
+        """The learning rate of each group at a state's step, or None if another option is scheduled too."""
+        if any(group.scheduled.keys() - {"lr"} for group in self.groups):
+            return None
+        step, scale = state.step, lr_scale(state)
+        return [
+            (group.scheduled["lr"](step) if group.scheduled else group.options["lr"]) * scale for group in self.groups
+        ]
+
+    def takes(self, leaves: Mapping[str, Tensor]) -> bool:
+        """Whether every parameter has a gradient, and nobody wants to see the class's step."""
+        return leaves.keys() == self.names and not (_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+
+    def __call__(
+        self,
+        leaves: Mapping[str, Tensor],
+        state: TrainState,
+        found_inf: Tensor | None = None,
+        lrs: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Update in place by the gradients of the leaves; where `found_inf` is 1 everything stays as it was.
+
+        `lrs` are learning rates on the device, one for each group, in place of those of the step.
+        """
+        step, scale = state.step, lr_scale(state)
+        for index, group in enumerate(self.groups):
+            now = group.options
+            if lrs is not None:
+                now = {**now, "lr": lrs[index]}
+            elif group.scheduled:
+                now = {**now, **{key: fn(step) for key, fn in group.scheduled.items()}}
+            if lrs is None and scale != 1.0:
+                now = {**now, "lr": now["lr"] * scale}
+            if group.counted is None:
+                group.counts.add_(1)
+            else:
+                group.counted += 1
+            group.kernel(
+                group.params,
+                [leaves[name].grad for name in group.names],
+                *group.memory,
+                amsgrad=now["amsgrad"],
+                lr=now["lr"],
+                beta1=now["betas"][0],
+                beta2=now["betas"][1],
+                weight_decay=now["weight_decay"],
+                eps=now["eps"],
+                maximize=now["maximize"],
+                grad_scale=None,
+                found_inf=found_inf,
+            )
+            if found_inf is not None:
+                group.counts.sub_(found_inf)
+
+
+@attrs.define(eq=False)
+class _Group:
+    """Parameters with the same options, as lists in the order the kernel takes them."""
+
+    kernel: Callable[..., None]
+    names: tuple[str, ...]
+    params: list[Tensor]
+    memory: list[list[Tensor]]  # first and second moment, largest second moment or nothing, steps
+    counts: Tensor  # the steps, which are views of it
+    counted: Any  # the same memory as an array: counting there spares an operation of torch
+    options: dict[str, Any]
+    scheduled: Mapping[str, Callable[[int], Any]]

@@ -1,0 +1,353 @@
+"""A step as a graph: its own helpers run once on fake tensors, while `make_fx` records what they do."""
+
+import re
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from functools import reduce
+from operator import add
+from typing import Any, cast
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.overrides import TorchFunctionMode
+
+from fntrain import events
+from fntrain.core import tree
+from fntrain.core.rng import other_states, preserved_generators
+from fntrain.shell.steps.flat import Rates, Unsettled, Untraceable, filler
+from fntrain.steps.batch import Batch
+from fntrain.steps.optim import BoundOptimizer
+from fntrain.steps.supervised import GRAD_NORM, LR, SKIPPED, SupervisedStep, _report
+
+_ABSENT = object()
+_INNER = re.compile(r"[\\/]torch[\\/](?!optim)|[\\/]shell[\\/]trace\.py$")  # frames that tell a reader nothing
+
+
+@attrs.frozen(eq=False)
+class Traced:
+    """A step as a graph of flat tensors, and what its results are.
+
+    The new leaves are written over the old ones. The results are what the step reports: `metrics` are in order, those
+    that are numbers with their value; `tensors` and `media` say where the others are.
+    """
+
+    graph: GraphModule
+    constants: list[Tensor]  # what the step closes over, the last inputs
+    metrics: dict[str, Any]
+    tensors: list[tuple[str, int]]
+    media: list[tuple[str, int, type]]
+    healthy: int | None
+
+
+def trace(step_fn: SupervisedStep, rates: Rates, trees: tuple[Any, ...], batch: Batch, flat: list[Tensor]) -> Traced:
+    """Record the step on fake tensors; `flat` is the vector of rates, then the leaves of the trees and of the batch."""
+    found: dict[str, Any] = {}
+
+    def run(vector: Tensor, *inputs: Tensor) -> list[Tensor]:
+        values = iter(inputs)
+        fake = [filler(one)(values) for one in trees]
+        outputs, notes = _step(step_fn, rates.lent(step_fn.bound, vector), vector, fake, filler(batch)(values))
+        found.update(notes)
+        return outputs
+
+    generators = other_states()
+    with preserved_generators(), _untouched(step_fn.model), _compiling(), _RefuseWrites(), _rng_states_read() as read:
+        graph = make_fx(run, _DECOMPOSED, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
+        if other_states() != generators:
+            raise Untraceable("it draws from Python's or NumPy's generator, which a program can't")
+        if read and any(_draws(node) for node in graph.graph.nodes):
+            raise Untraceable(
+                "it draws, and saves a generator's state to draw again (torch.utils.checkpoint does): a program can't"
+            )
+    constants = _lift_constants(graph, step_fn)
+    return Traced(graph, constants, **found)
+
+
+def _step(
+    step_fn: SupervisedStep, bound: BoundOptimizer, vector: Tensor, trees: list[Any], batch: Batch
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """One step on traced tensors, without a decision on the host: its results, and what `Traced` says of them."""
+    slots = step_fn.slots
+    params = {
+        name: nn.Parameter(trees[0][name].clone(), param.requires_grad and name not in bound.frozen)
+        for name, param in slots.params.items()
+    }
+    buffers = tree.map_tensors(Tensor.clone, trees[1])
+    shadow = copy(step_fn)
+    object.__setattr__(shadow, "slots", attrs.evolve(slots, params=params))
+    object.__setattr__(shadow, "bound", bound)
+    _place(step_fn, params, buffers)
+    parts, _ = shadow._backward(batch, next(iter(params.values())).device)
+    leaves = shadow._reduced_leaves(parts)
+    metrics = _report(parts, None)
+    metrics[LR] = None
+    norm = shadow._norm(leaves)
+    if norm is not None:
+        metrics[GRAD_NORM] = norm
+    healthy = reduce(add, [part.counts for part, _ in parts]) != 0
+    if step_fn.on_nonfinite != "allow":
+        healthy = (
+            torch.isfinite(metrics["loss"])
+            & healthy
+            & (True if norm is None else torch.isfinite(torch.as_tensor(norm)))
+        )
+        metrics[SKIPPED] = (~healthy).float()
+    shadow._clip(leaves, norm)
+    with _TensorsForNumbers([(key, fn(0)) for group in bound.scheduled for key, fn in group.items()]):
+        opt_state = bound.apply_(params, tree.map_tensors(Tensor.clone, trees[2]), 0)
+    idle = {name for name, param in params.items() if name not in leaves and param._version == 0}
+    new = ({name: param.detach() for name, param in params.items()}, _assigned(step_fn, buffers), opt_state)
+    outputs = _Outputs()
+    _write(trees, new, healthy, idle)
+    # Inductor takes copies for needless, even of what is written over: a report on a parameter would show the new one.
+    true = vector[0] == vector[0]
+    for name, value in metrics.items():
+        if isinstance(value, Tensor):
+            metrics[name] = torch.where(true, value, torch.zeros_like(value))
+    tensors = [(name, outputs.index(value)) for name, value in metrics.items() if isinstance(value, Tensor)]
+    media = [
+        (name, outputs.index(value.tensor), type(value))
+        for name, value in metrics.items()
+        if isinstance(value, events.Image | events.Histogram)
+    ]
+    notes = {
+        "metrics": {name: None if _holds_tensor(value) else value for name, value in metrics.items()},
+        "tensors": tensors,
+        "media": media,
+        "healthy": outputs.index(healthy) if isinstance(healthy, Tensor) else None,
+    }
+    return outputs.tensors, notes
+
+
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor | events.Image | events.Histogram)
+
+
+def _write(old: list[Any], new: tuple[Any, ...], healthy: bool | Tensor, idle: set[str]) -> None:
+    """Write the new value of every tensor of the state over the old one, where the step is healthy."""
+    kinds = ("params", "buffers", "opt_state")
+    before = dict(tree.named_leaves(dict(zip(kinds, old, strict=True))))
+    after = dict(tree.named_leaves(dict(zip(kinds, new, strict=True))))
+    if before.keys() != after.keys():
+        raise Unsettled
+    stay = {f"params.{name}" for name in idle} if healthy is not False else before.keys()
+    written: list[tuple[Tensor, Tensor]] = []
+    for path, was in before.items():
+        value = after[path]
+        if not (isinstance(was, Tensor) and isinstance(value, Tensor)):
+            if value is not was and value != was:
+                raise Untraceable(f"{path} is a number on the host that changes with every step; make it a tensor")
+            continue
+        if (value.shape, value.dtype) != (was.shape, was.dtype):
+            raise Untraceable(f"{path} goes from {was.dtype} {tuple(was.shape)} to {value.dtype} {tuple(value.shape)}")
+        if path not in stay:
+            written.append((was, torch.where(healthy, value, was) if isinstance(healthy, Tensor) else value))
+    for was, value in written:  # last: until here everything reads the old ones
+        was.copy_(value)
+
+
+class _Outputs:
+    """The results of a graph, each once."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+    def index(self, tensor: Tensor) -> int:
+        for index, known in enumerate(self.tensors):
+            if known is tensor:
+                return index
+        self.tensors.append(tensor)
+        return len(self.tensors) - 1
+
+
+def _place(step_fn: SupervisedStep, params: dict[str, nn.Parameter], buffers: dict[str, Tensor]) -> None:
+    """Put traced tensors into the module's slots; writing `param.data`, as an eager step does, can't be traced."""
+    mine = {id(param): params[name] for name, param in step_fn.slots.params.items()}
+    for module in step_fn.model.modules():
+        for key, param in list(module._parameters.items()):
+            if param is not None:
+                setattr(module, key, mine[id(param)])  # by setattr: an LSTM keeps a list of its weights
+    for name, owner, key in step_fn.slots.places:
+        if (buffer := owner[key]) is not None:
+            owner[key] = buffers[name] if name is not None else buffer.clone()
+
+
+def _assigned(step_fn: SupervisedStep, lent: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The persistent buffers after the forward: those lent and written to, or what was assigned in their place."""
+    buffers = dict(lent)
+    for name, owner, key in step_fn.slots.places:
+        value = owner[key]
+        if name is not None and (value is None) == (name in lent):
+            raise Untraceable(f"buffer {name!r} turns from a tensor to None or back in a step")
+        if name is not None and value is not None and value is not lent[name]:
+            buffers[name] = value.detach()
+    return buffers
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Put back every slot and attribute of the module's parts, whatever a traced forward left in them."""
+    before = [
+        (module, dict(module.__dict__), dict(module._parameters), dict(module._buffers)) for module in model.modules()
+    ]
+    try:
+        yield
+        changed = [
+            f"{type(module).__name__}.{name}"
+            for module, attributes, _, _ in before
+            for name, value in module.__dict__.items()
+            if not name.startswith("_flat_weight") and attributes.get(name, _ABSENT) is not value
+        ]
+        if changed:
+            raise Untraceable(f"the forward sets {', '.join(changed[:3])}, which a program would not")
+    finally:
+        for module, attributes, params, buffers in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for slots, contents in ((module._parameters, params), (module._buffers, buffers)):
+                slots.clear()
+                slots.update(cast("Any", contents))
+            for key, param in params.items():
+                if param is not None:
+                    setattr(module, key, param)  # last: an LSTM has a list of its weights again
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Say to torch's optimizers, and to `fntrain.steps.grads`, that no value may be read on the host."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+class _RefuseWrites(TorchFunctionMode):
+    """Refuse what writes to a tensor of the closure: tracing and trying out would write to it too."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+        if writes and args and type(args[0]) is Tensor and not isinstance(args[0], FakeTensor):
+            raise Untraceable(
+                f"it writes ({name}) to a tensor of shape {tuple(args[0].shape)} that is not the module's own"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _rng_states_read() -> Iterator[list[bool]]:
+    """Notes whether the state of torch's generator is asked for."""
+    read: list[bool] = []
+    original = torch.get_rng_state
+
+    def noted() -> Tensor:
+        read.append(True)
+        return original()
+
+    torch.get_rng_state = noted
+    try:
+        yield read
+    finally:
+        torch.get_rng_state = original
+
+
+def _draws(node: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+class _TensorsForNumbers(TorchFunctionMode):
+    """Let an optimizer's step compute with the scheduled numbers, and with its step counter, as tensors.
+
+    `param.add_(grad, alpha=-lr)` and its like multiply; `if weight_decay != 0` takes the branch, which is right for 0
+    too (other numbers can't be asked); and `1 - beta ** step` is taken in float64, as by the host: float32 would lose 4
+    of its digits.
+    """
+
+    def __init__(self, rates: Sequence[tuple[str, Tensor]]) -> None:
+        super().__init__()
+        self.rates = {id(rate): name for name, rate in rates}
+        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func.__name__, dict(kwargs or {})
+        if name == "ne" and id(args[0]) in self.rates and not isinstance(args[1], Tensor) and args[1] == 0:
+            if self.rates[id(args[0])] != "weight_decay":
+                raise Untraceable(f"the update takes another way where {self.rates[id(args[0])]} is 0")
+            return True
+        if name == "__rpow__" and args[0].dim() == 0:
+            args = (args[0].double(), *args[1:])
+        if any(isinstance(arg, Tensor) and arg.dim() for arg in args):
+            args = tuple([self._stored(arg) for arg in args])
+        key, rewrite = _SCALED.get(name.removesuffix("_"), ("", None))
+        if rewrite is None or not isinstance(kwargs.get(key), Tensor):
+            return func(*args, **kwargs)
+        number = self._stored(kwargs.pop(key))
+        method = "sub" if name.startswith("sub") else "add"
+        return getattr(Tensor, method + "_" * name.endswith("_"))(args[0], rewrite(number, *args[1:]), **kwargs)
+
+    def _stored(self, arg: Any) -> Any:
+        """A number on its way into a large tensor, kept in memory: it would be computed anew for each element."""
+        if not isinstance(arg, Tensor) or arg.dim():
+            return arg
+        return self.stored.setdefault(id(arg), (arg, torch.as_strided(arg, (1,), (1,)).reshape(())))[1]
+
+
+_SCALED: dict[str, tuple[str, Callable[..., Tensor]]] = {
+    "add": ("alpha", torch.mul),
+    "sub": ("alpha", torch.mul),
+    "addcmul": ("value", lambda number, a, b: number * a * b),
+    "addcdiv": ("value", lambda number, a, b: number * a / b),
+}
+
+
+def _vector_norms(tensors: list[Tensor], order: float = 2, dtype: torch.dtype | None = None) -> list[Tensor]:
+    return [torch.linalg.vector_norm(tensor, order, dtype=dtype) for tensor in tensors]
+
+
+_DECOMPOSED = {torch.ops.aten._foreach_norm.Scalar: _vector_norms}  # AOTInductor has it as a slow call-back only
+
+
+def _lift_constants(graph: GraphModule, step_fn: SupervisedStep) -> list[Tensor]:
+    """Make what the graph holds inputs of it, so that tensors changed in place outside are read anew."""
+    slots = step_fn.slots
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*slots.params.values(), *slots.buffers.values())}
+    constants: dict[str, Tensor] = {}
+    nodes: dict[str, Any] = {}
+    first = next(node for node in graph.graph.nodes if node.op != "placeholder")
+    for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
+        value = getattr(graph, node.target)
+        if not isinstance(value, Tensor):
+            continue
+        if value.requires_grad or (value.numel() and value.untyped_storage().data_ptr() in own):
+            raise Untraceable(
+                f"the loss reaches a tensor of shape {tuple(value.shape)} that asks for a gradient, but not by the "
+                "module's own attribute (kept in a list or a closure, or of another model)"
+            )
+        if node.target not in constants:
+            constants[node.target] = value
+            with graph.graph.inserting_before(first):
+                nodes[node.target] = graph.graph.placeholder(node.target)
+            nodes[node.target].meta = node.meta
+        node.replace_all_uses_with(nodes[node.target])
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return list(constants.values())
+
+
+def reason(error: Exception) -> str:
+    """Why a trace failed, in a clause."""
+    if isinstance(error, GuardOnDataDependentSymNode | DataDependentOutputException):
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _INNER.search(frame.filename)]
+        place = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}"
+        return f"it decides by the value of a tensor (if, .item(), min) at {place}"
+    line = (str(error).strip().splitlines() or [""])[0]
+    return line if isinstance(error, Untraceable) else f"{type(error).__name__}: {line:.200}"

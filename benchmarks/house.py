@@ -267,7 +267,7 @@ def body_lines(node: Def) -> int:
         return end - span(doc)[-1]
     first = node.body[0]
     decorators = first.decorator_list if isinstance(first, Def | ast.ClassDef) else []
-    return end - min(first.lineno, *(one.lineno for one in decorators)) + 1
+    return end - min([first.lineno, *(one.lineno for one in decorators)]) + 1
 
 
 def parameters(node: Def) -> int:
@@ -444,26 +444,25 @@ def size_verdicts(sizes: list[Size]) -> list[Verdict]:
     ]
 
 
+def places(found: Iterable[Import], arrow: tuple[str, str]) -> str:
+    those = (one for one in found if (package(one.importer), package(one.imported)) == arrow)
+    return ", ".join(f"{one.importer}:{one.line}" for one in those)
+
+
 def import_verdicts(sources: list[Source], found: list[Import]) -> list[Verdict]:
     """Arrows that are not allowed, packages that ALLOWED does not know, and impure imports: none of each."""
     counts = arrows(found)
     strangers = sorted({package(source.module) for source in sources if not known((NAME, package(source.module)))})
     refused = [
-        f"{importer} -> {imported} ({', '.join(f'{kind} {n}' for kind, n in kinds.items())}): {where}"
-        for (importer, imported), kinds in counts.items()
-        if known((importer, imported)) and not allowed(importer, imported)
-        for where in [places(found, importer, imported)]
+        f"{' -> '.join(arrow)} ({', '.join(f'{kind} {n}' for kind, n in kinds.items())}): {places(found, arrow)}"
+        for arrow, kinds in counts.items()
+        if known(arrow) and not allowed(*arrow)
     ]
     return [
         Verdict("arrows not allowed", "0", refused),
         Verdict("packages without a row in ALLOWED", "0", strangers),
         Verdict("impure imports in pure files", "0", impurities(sources)),
     ]
-
-
-def places(found: Iterable[Import], importer: str, imported: str) -> str:
-    those = (one for one in found if (package(one.importer), package(one.imported)) == (importer, imported))
-    return ", ".join(f"{one.importer}:{one.line}" for one in those)
 
 
 def summary(verdicts: Iterable[Verdict]) -> str:

@@ -2,9 +2,9 @@
 
     python benchmarks/digests.py [--only PATTERN] [--compile] [--against FILE] [--list]
 
-One line a case: its name; `ft.digest` of the last state; a hash of the metrics of all steps, bit for bit, of why the
-run ended and what writers got; a hash of the files that it left (checkpoints, JSON lines); then four digits for each
-step, of its state and metrics, which show where two runs part. Cases of two ranks have the digests of both. The last
+One line a case: its name; `ft.digest` of the last state; a hash of the metrics of all steps, bit for bit, and of why
+the run ended; a hash of the files that it left (checkpoints, JSON lines), or a dash; then four digits for each step, of
+its state and metrics, which show where two runs part. Cases of two ranks have both ranks' where these differ. The last
 line is a digest of all lines.
 
 Redirect the output of the tree as it was to a file, and give that with `--against` afterwards: what differs is listed,
@@ -86,6 +86,12 @@ def bits_of_files(directory: Path) -> Iterator[bytes]:
     """Names and contents of all files of a directory, but for locks, which say which process had them."""
     for path in sorted(path for path in directory.rglob("*") if path.is_file() and path.name != ".lock"):
         yield f"{path.relative_to(directory)} ".encode() + path.read_bytes()
+
+
+def hash_of_files(directory: Path) -> str:
+    """One hash of all files, a dash if there are none."""
+    found = list(bits_of_files(directory))
+    return hashed(found) if found else "-"
 
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -478,7 +484,7 @@ def recipes() -> dict[str, Recipe]:
         "hooks-plateau": Recipe(optimizer=MOMENTUM, hooks=plateau),
         "hooks-precise-bn": Recipe(model=batchnorm, hooks=measured_bn),
         "hooks-checkpoints": Recipe(model=batchnorm, hooks=saved),
-        "hooks-rollback": Recipe(optimizer=SGD, data=spike, hooks=rolled_back),
+        "hooks-rollback": Recipe(model=dropout, optimizer=SGD, data=spike, hooks=rolled_back),
         "hooks-early-stopping": Recipe(hooks=stopped),
         "hooks-gates": Recipe(model=Tied, hooks=gated),
     }
@@ -681,7 +687,7 @@ def followed(states: Iterator[ft.TrainState], directory: Path) -> list[str]:
     assert last is not None
     stop = last.run.stop
     metrics.append(f"{last.step} {last.position} {stop and (stop.kind, stop.reason)}".encode())
-    return [ft.digest(last), hashed(metrics), hashed(bits_of_files(directory)), ".".join(steps)]
+    return [ft.digest(last), hashed(metrics), hash_of_files(directory), ".".join(steps)]
 
 
 def in_one_process(name: str, form: Form, recipe: Recipe) -> str:
@@ -716,7 +722,7 @@ def followed_together(states: Iterator[ft.TrainState], directory: Path, here: An
     """The same of one rank; files are looked at when all have written theirs."""
     columns = followed(states, Path("no such directory"))
     here.barrier()
-    return [*columns[:2], hashed(bits_of_files(directory)), columns[3]]
+    return [*columns[:2], hash_of_files(directory), columns[3]]
 
 
 def ranked_lines(names: Sequence[str]) -> list[str]:

@@ -1,9 +1,15 @@
 """Deliberately broken implementations: each law is run against one, to show that it can fail."""
 
+from types import SimpleNamespace
+
+import attrs
 import torch
 
 import fntrain as ft
-from fntrain.shell.steps.in_place import InPlace
+from fntrain.shell.steps.in_place import Donated, run
+from fntrain.shell.steps.memory import Memory
+from fntrain.shell.steps.writing import Writing
+from fntrain.steps.body import Body
 
 
 def step_that_writes_to_the_old_state(step_fn):
@@ -68,48 +74,85 @@ def at_most_every(n, hook):
     return ft.hook(after_step=after_step)
 
 
-class InPlaceThatKeepsBuffers(InPlace):
+class MemoryThatKeepsBuffers(Memory):
     """Forgets to put back what the forward of a skipped step wrote to buffers."""
 
-    def end(self, before, **how):
-        super().end(before, **{**how, "keep_buffers": True})
+    def writing(self, **how):
+        class Keeping(Writing):
+            def end(self, *, keep_buffers):
+                super().end(keep_buffers=True)
+
+        return Keeping(self, **{"runs": True, **how})
 
 
-class InPlaceThatIgnoresOtherStates(InPlace):
+class MemoryThatIgnoresOtherStates(Memory):
     """Goes on from its own memory whatever state it is given."""
 
-    def own(self, state):
+    def adopt(self, state):
         return state
 
 
-class InPlaceThatKeepsGradients(InPlace):
+class MemoryThatKeepsGradients(Memory):
     """Adds the gradients of every step to those of the one before."""
 
-    def begin(self):
-        kept = {name: param.grad for name, param in self.step.slots.params.items()}
-        before = super().begin()
-        for name, param in self.step.slots.params.items():
-            param.grad = kept[name]
-        return before
+    def writing(self, **how):
+        params = self.body.slots.params
 
-    def end(self, before, **how):
-        kept = {name: param.grad for name, param in self.step.slots.params.items()}
-        super().end(before, **how)
-        for name, param in self.step.slots.params.items():
-            param.grad = kept[name]
+        def kept(change):
+            grads = {name: param.grad for name, param in params.items()}
+            change()
+            for name, param in params.items():
+                param.grad = grads[name]
+
+        class Keeping(Writing):
+            def begin(self):
+                kept(super().begin)
+
+            def end(self, **how):
+                kept(lambda: super(Keeping, self).end(**how))
+
+        return Keeping(self, **{"runs": True, **how})
 
 
-class InPlaceThatKeepsItsLease(InPlace):
+class MemoryThatKeepsItsLease(Memory):
     """Hands out states whose memory is written to without a word."""
 
-    def __call__(self, state, batch):
-        new = super().__call__(state, batch)
+    def advanced(self, state, changes):
+        new = super().advanced(state, changes)
         return new.replace(params=self.params, buffers=self.buffers, opt_state=self.opt_state)
 
 
-class StepThatClipsScaledGradients(ft.SupervisedStep):
+class MemoryThatTrustsLeases(Memory):
+    """Takes a state on lease for its own memory, wherever the module lies now."""
+
+    def adopt(self, state):
+        if all(self.home.leased(getattr(state, field), field) for field in ("params", "buffers")):
+            self.follow_params()
+            return state
+        return super().adopt(state)
+
+
+def donated(memory, step):
+    """The donated form of a step on a memory of this kind."""
+    return Donated(memory(step.body), run, step)
+
+
+class BodyThatClipsScaledGradients(Body):
     """Clips before the loss scale is divided out."""
 
-    def _reduced_leaves(self, parts, scale=None, totals=None):
-        torch.nn.utils.clip_grad_norm_(list(self.slots.params.values()), self.clip_grad_norm)
-        return super()._reduced_leaves(parts, scale, totals)
+    def _reduced(self, totals, scale):
+        torch.nn.utils.clip_grad_norm_(list(self.slots.params.values()), self.settings.clip_grad_norm)
+        return super()._reduced(totals, scale)
+
+
+def step_that_clips_scaled_gradients(*args, **options):
+    """A supervised step with that body."""
+
+    step = ft.supervised_step(*args, **options)
+    parts = {field.name: getattr(step.body, field.name) for field in attrs.fields(Body)}
+    made = BodyThatClipsScaledGradients(**parts)
+
+    def broken(state, batch):
+        return ft.SupervisedStep.__call__(SimpleNamespace(body=made), state, batch)
+
+    return broken

@@ -30,12 +30,12 @@ class Home:
     Modules that share some parameters only (heads on one backbone) have homes of their own, which know each other.
     """
 
-    __slots__ = ("__weakref__", "binder", "leases", "neighbours", "params", "tenant")
+    __slots__ = ("__weakref__", "binder", "leases", "neighbours", "params", "writer")
 
     def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
         self.params = {id(param): param for param in params.values()}  # kept, so that their ids stay taken
         self.leases = {field: Lease() for field in FIELDS}
-        self.tenant: Any = None  # a weak reference to the step that runs in place
+        self.writer: Any = None  # a weak reference to the step that runs in place
         self.binder: Any = None  # how a state is lent to a module that is split over ranks
         self.neighbours: WeakSet[Home] = WeakSet(
             home for home in list(_homes.values()) if home.params.keys() & self.params.keys()
@@ -60,9 +60,9 @@ class Home:
             one.neighbours.add(neighbour)
 
     @property
-    def tenants(self) -> list[Any]:
+    def writers(self) -> list[Any]:
         """The steps that run in place on this memory, or on part of it."""
-        found = [home.tenant and home.tenant() for home in (self, *self.neighbours)]
+        found = [home.writer and home.writer() for home in (self, *self.neighbours)]
         return [one for one in found if one is not None]
 
     def leased(self, mapping: Any, field: str) -> bool:

@@ -11,7 +11,7 @@ from fntrain.core.hook import AnyHook, stateful
 from fntrain.core.ranks import agreed
 from fntrain.core.state import TrainState, remember
 from fntrain.hooks.checkpoint import tell_unseen
-from fntrain.steps.optim import LR_SCALE, lr_scale
+from fntrain.steps.rates import LR_SCALE, lr_scale
 
 _log = logging.getLogger("fntrain")
 

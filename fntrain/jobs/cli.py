@@ -21,7 +21,7 @@ from fntrain.jobs.config import to_dict
 from fntrain.jobs.recipe import Job, Recipe, Result, build, run
 from fntrain.shell.launching.launch import check_processes, launch, placed
 from fntrain.shell.setup import setup
-from fntrain.steps.optim import BoundOptimizer
+from fntrain.steps.update import BoundOptimizer
 
 Flags = tuple[Any, bool, bool, bool, dict[str, Any]]
 

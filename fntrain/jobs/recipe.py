@@ -25,12 +25,14 @@ from fntrain.shell.checkpoints.save_load import checkpoints, resume_or
 from fntrain.shell.distributed.connected import ranks
 from fntrain.shell.distributed.distribute import distribute
 from fntrain.shell.setup import keep_config, seed_all
-from fntrain.shell.steps.graphs import checked_device, cuda_step
+from fntrain.shell.steps.device import checked_device
+from fntrain.shell.steps.graphs import cuda_step
 from fntrain.shell.steps.in_place import in_place
 from fntrain.shell.weights.load import load_params
 from fntrain.steps.module import init_state
 from fntrain.steps.optim import Optimizer, group, optimizer
-from fntrain.steps.supervised import LossFn, supervised_step
+from fntrain.steps.settings import LossFn
+from fntrain.steps.supervised import supervised_step
 
 Evaluate = Callable[[TrainState], Mapping[str, Any]]
 _log = logging.getLogger("fntrain")

@@ -119,9 +119,9 @@ def copy_in(slots: "Slots", state: TrainState, reason: str) -> None:
     home = Home.of(slots.params)
     for field, own in (("params", slots.params), ("buffers", slots.buffers)):
         theirs = getattr(state, field)
-        if home.leased(theirs, field):
-            continue
         foreign = {name: theirs[name] for name in own if not same_memory(theirs[name], own[name])}
+        if home.leased(theirs, field) and not foreign:
+            continue  # by address: a lease does not tell whether the module has been moved since (`.to`)
         storages = {tree.local(tensor).untyped_storage().data_ptr() for tensor in own.values()}
         if any(tree.local(tensor).untyped_storage().data_ptr() in storages for tensor in foreign.values()):
             foreign = tree.clone(foreign)  # parts of the module under other names: copying would overwrite some
@@ -249,7 +249,7 @@ class Slots:
             if place is None or (value is None and buffer is None):
                 continue
             if value is None or buffer is None:
-                raise came_or_went(place, buffer, value)
+                raise buffer_changed_kind(place, buffer, value)
             if value is not buffer or value.data_ptr() != lent[place].data_ptr():
                 buffers[place] = value.detach().clone()
         return params, buffers
@@ -269,7 +269,7 @@ def _plain(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def came_or_went(name: str, before: Tensor | None, after: Tensor | None) -> ValueError:
+def buffer_changed_kind(name: str, before: Tensor | None, after: Tensor | None) -> ValueError:
     """The error for a persistent buffer that is a tensor only before or only after a step."""
     return ValueError(
         f"model: buffer {name!r} went from {_kind(before)} to {_kind(after)} in a step; register it as a "

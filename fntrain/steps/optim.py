@@ -1,31 +1,23 @@
-"""Any torch.optim.Optimizer class as a pair of pure functions, `init` and `update`, on tensors by name.
-
-The class is lent the tensors for one call, and its own step does the arithmetic (fused and foreach kernels too), so
-the result is bitwise that of using the class directly. No optimizer object lives between two calls.
-"""
+"""Any torch.optim.Optimizer class as a pair of pure functions, `init` and `update`, on tensors by name."""
 
 import inspect
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
+from math import prod
 from typing import Any
 
 import attrs
 import torch
+from toolz import groupby
 from torch import Tensor
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fntrain.core import tree
-from fntrain.core.state import TrainState
 from fntrain.core.tree import PyTree
-from fntrain.steps.grads import check_dense, own_layout
+from fntrain.steps.grads import own_layout
+from fntrain.steps.rates import Option, Schedules
+from fntrain.steps.update import BoundOptimizer, OptState, is_low
 
-OptState = Mapping[str, Mapping[str, PyTree]]
 Select = str | Callable[[str, Tensor], bool]
-MASTER = "master_weight"  # the float32 copy of a parameter, beside what the optimizer keeps for it
-LR_SCALE = "lr_scale"  # key of `state.extra`: a number that learning rates are multiplied by
-_GROUP_PREFIX = "group."  # marks what an optimizer keeps per group, stored with the group's first parameter
 
 
 @attrs.frozen(repr=False)
@@ -85,7 +77,7 @@ class Optimizer:
           ValueError: a group selects no parameter, or all parameters are frozen.
         """
         if self.master_weights:
-            params = {name: param.float() if _is_low(param) else param for name, param in params.items()}
+            params = {name: param.float() if is_low(param) else param for name, param in params.items()}
         bound = self.bind(params)
         return {
             name: tree.clone(dict(bound.template.state[params[name]]))
@@ -121,12 +113,12 @@ class Optimizer:
             grad = grads.get(name)
             if grad is not None and name not in bound.frozen:
                 leaf.grad = own_layout(name, grad, leaf, storages)
-        new_state = bound.apply_(leaves, fresh_state, step)
+        new_state = bound.apply_(leaves, fresh_state, bound.schedules.at(step))
         for leaf in leaves.values():
             leaf.grad = None
         return leaves, new_state
 
-    def bind(self, params: Mapping[str, Tensor]) -> "BoundOptimizer":
+    def bind(self, params: Mapping[str, Tensor]) -> BoundOptimizer:
         """Resolve the groups for these parameters, once; what a step function keeps."""
         chosen = {n: tuple(i for i, one in enumerate(self.groups) if one.picks(n, params[n])) for n in params}
         for index, one in enumerate(self.groups):
@@ -135,21 +127,25 @@ class Optimizer:
                     f"groups[{index}]: {one.select!r} selects no parameter; the model has {', '.join(params)}"
                 )
         frozen = {name for name, matches in chosen.items() if any(self.groups[i].frozen for i in matches)}
-        from toolz import groupby  # 4 ms to import: only where it is used
-
         members = groupby(chosen.__getitem__, (name for name in params if name not in frozen))
         if not members:
             raise ValueError("groups: every parameter is frozen, expected at least one to train")
         scheduled = [self._scheduled(matches) for matches in members]
         torch_groups = []
-        for (matches, names), hyper in zip(members.items(), scheduled, strict=True):
-            options = self._options(matches) | {key: fn(0) for key, fn in hyper.items()}
+        for (matches, names), depending in zip(members.items(), scheduled, strict=True):
+            options = self._options(matches) | {key: one.at(0, {}) for key, one in depending.items()}
             torch_groups.append({**options, "params": [params[name] for name in names]})
         template = self.cls(torch_groups, **{key: torch_groups[0][key] for key in ("lr", *self.options)})
         tensors = {key for one in template.param_groups for key, value in one.items() if isinstance(value, Tensor)}
-        names = tuple(map(tuple, members.values()))
+        for made, depending in zip(template.param_groups, scheduled, strict=True):
+            depending.setdefault("lr", Option(made["lr"]))  # as the class has it: it may have made a tensor of it
         return BoundOptimizer(
-            template, names, tuple(scheduled), frozenset(frozen), tuple(sorted(tensors)), self.master_weights
+            template,
+            tuple(map(tuple, members.values())),
+            Schedules(Option(self.lr), tuple(scheduled)),
+            frozenset(frozen),
+            tuple(sorted(tensors)),
+            self.master_weights,
         )
 
     def _options(self, matches: Sequence[int]) -> dict[str, Any]:
@@ -158,17 +154,14 @@ class Optimizer:
             merged |= self.groups[index].options
         return merged
 
-    def _scheduled(self, matches: Sequence[int]) -> dict[str, Callable[[int], Any]]:
-        """The options of a group that depend on the step, and a scaled learning rate, as functions of it."""
+    def _scheduled(self, matches: Sequence[int]) -> dict[str, Option]:
+        """The options of a group that depend on the step, and a learning rate with a factor."""
+        factor = prod([self.groups[index].lr_scale for index in matches], start=1.0)
         options = self._options(matches)
-        scale = 1.0
-        for index in matches:
-            scale *= self.groups[index].lr_scale
-        hyper = {key: value for key, value in options.items() if callable(value)}
-        if scale != 1.0:
-            lr = options["lr"]
-            hyper["lr"] = lambda step: (lr(step) if callable(lr) else lr) * scale
-        return hyper
+        depending = {key: Option(value) for key, value in options.items() if callable(value)}
+        if factor != 1.0:
+            depending["lr"] = Option(options["lr"], factor)
+        return depending
 
     def __repr__(self) -> str:
         options = [f"{key}={value!r}" for key, value in self.options.items()]
@@ -219,202 +212,3 @@ def optimizer(
         if unknown := sorted(one.options.keys() - accepted.keys() - {"lr"}):
             raise ValueError(f"groups[{index}]: {cls.__name__} has no option {unknown}; it has {sorted(accepted)}")
     return Optimizer(cls, lr, tuple(groups or ()), options, bool(master_weights))
-
-
-@attrs.frozen(eq=False)
-class BoundOptimizer:
-    """An optimizer whose groups are resolved for one set of parameters. The template is never stepped."""
-
-    template: torch.optim.Optimizer
-    names: tuple[tuple[str, ...], ...]
-    scheduled: tuple[dict[str, Callable[[int], Any]], ...]
-    frozen: frozenset[str]
-    tensors: tuple[str, ...]  # options of the groups that are tensors
-    master_weights: bool = False
-    seen: list[bool] = attrs.field(factory=list, init=False)  # holds something once the class has been looked at
-
-    def apply_(
-        self,
-        leaves: Mapping[str, Tensor],
-        opt_state: Mapping[str, dict[str, PyTree]],
-        step: int,
-        found_inf: Tensor | None = None,
-        lr_scale: float = 1.0,
-    ) -> dict[str, Mapping[str, PyTree]]:
-        """Run the class's step in place on leaves with a `.grad` and on the tensors of `opt_state`.
-
-        A shallow copy of the template holds the tensors for this one call (3 us; building one costs 6 or more).
-        `found_inf`, a float tensor, makes a fused class leave everything as it was where it is 1. Learning rates are
-        multiplied by `lr_scale`.
-
-        Returns:
-          the new optimizer state, made of the tensors given and those the class created.
-        """
-        if self.master_weights and (
-            low := [n for n, leaf in leaves.items() if _is_low(leaf) and leaf.grad is not None]
-        ):
-            return self._apply_to_masters(low, leaves, opt_state, step, found_inf, lr_scale)
-        lent = self._lend(leaves, opt_state, step, lr_scale)
-        if found_inf is not None:
-            lent.found_inf = found_inf  # type: ignore[attr-defined]
-        before = [dict(group) for group in lent.param_groups]
-        for name, leaf in leaves.items():
-            if name not in opt_state and leaf.grad is not None:
-                check_dense(name, leaf.grad)
-        marks = None if self.seen else _marks(lent)  # the first update shows where the class keeps its memory
-        try:
-            _unwrapped_step(type(lent))(lent)
-        except KeyError as error:
-            kept = sorted({key for own in opt_state.values() for key in own})
-            error.add_note(f"in {type(lent).__name__}: opt_state has {kept}; a resumed run keeps its optimizer")
-            raise
-        if marks is not None:
-            if changed := sorted(_marks(lent) ^ marks):
-                raise TypeError(
-                    f"{type(lent).__name__}: its step changes {changed[0][0]}, outside of the state of a parameter and "
-                    "of numbers and tensors in `param_groups`; it can't be used as a pure function"
-                )
-            self.seen.append(True)
-        return self._collect(leaves, opt_state, lent, before)
-
-    def placed(self, opt_state: OptState, params: Mapping[str, Tensor]) -> OptState:
-        """The optimizer state on its parameters' devices; counters stay on the host unless fused or capturable."""
-        counts_there = {
-            name: bool(group.get("fused") or group.get("capturable"))
-            for names, group in zip(self.names, self.template.param_groups, strict=True)
-            for name in names
-        }
-
-        def place(name: str, leaf: Tensor) -> Tensor:
-            moves = leaf.dim() > 0 or counts_there.get(name, False)
-            return leaf.to(params[name].device) if moves and leaf.device != params[name].device else leaf
-
-        return {
-            name: tree.map_tensors(partial(place, name), kept) if name in params else kept
-            for name, kept in opt_state.items()
-        }
-
-    def _apply_to_masters(
-        self,
-        low: list[str],
-        leaves: Mapping[str, Tensor],
-        opt_state: Mapping[str, dict[str, PyTree]],
-        step: int,
-        found_inf: Tensor | None,
-        lr_scale: float,
-    ) -> dict[str, Mapping[str, PyTree]]:
-        """Update float32 copies of the parameters in half precision, and round the result into them."""
-        masters = {}
-        for name in low:
-            kept = opt_state.get(name, {}).get(MASTER)
-            masters[name] = leaves[name].detach().float() if kept is None else kept
-            masters[name].grad = None if leaves[name].grad is None else leaves[name].grad.float()  # type: ignore[union-attr]
-        own = {name: {k: v for k, v in kept.items() if k != MASTER} for name, kept in opt_state.items()}
-        rest = attrs.evolve(self, master_weights=False)
-        after = rest.apply_({**leaves, **masters}, own, step, found_inf, lr_scale)
-        self.seen.extend(rest.seen)
-        for master in masters.values():
-            master.grad = None
-        with torch.no_grad():
-            torch._foreach_copy_([leaves[name] for name in low], list(masters.values()))
-        idle = {n: opt_state[n][MASTER] for n in opt_state.keys() - masters.keys() if MASTER in opt_state[n]}
-        return {**after, **{n: {**after.get(n, {}), MASTER: master} for n, master in {**idle, **masters}.items()}}
-
-    def _lend(
-        self, leaves: Mapping[str, Tensor], opt_state: Mapping[str, dict[str, PyTree]], step: int, lr_scale: float
-    ) -> torch.optim.Optimizer:
-        """A shallow copy of the template that holds these tensors, schedules evaluated, memory of groups put back."""
-        lent = object.__new__(type(self.template))
-        lent.__dict__.update(self.template.__dict__)
-        lent.state = defaultdict(dict)
-        lent.param_groups = []
-        for names, group, hyper in zip(self.names, self.template.param_groups, self.scheduled, strict=True):
-            mine = {**group, "params": [leaves[name] for name in names]}
-            for key, fn in hyper.items():
-                mine[key] = fn(step)
-            if lr_scale != 1.0:
-                mine["lr"] = mine["lr"] * lr_scale
-            for key in self.tensors:  # the template's own, and a schedule's, must not be written to
-                mine[key] = tree.map_tensors(torch.clone, mine[key])
-            for name in names:
-                if own := opt_state.get(name):
-                    lent.state[leaves[name]] = own
-            if memory := _group_memory(opt_state, names):
-                mine |= memory
-                # The class asks whether a parameter's state is empty: what is the group's does not count.
-                own = {key: value for key, value in opt_state[names[0]].items() if not key.startswith(_GROUP_PREFIX)}
-                lent.state[leaves[names[0]]] = own
-            lent.param_groups.append(mine)
-        return lent
-
-    def _collect(
-        self,
-        leaves: Mapping[str, Tensor],
-        opt_state: Mapping[str, dict[str, PyTree]],
-        lent: torch.optim.Optimizer,
-        before: list[dict[str, Any]],
-    ) -> dict[str, Mapping[str, PyTree]]:
-        """The optimizer's state by name, and what it changed in a group under the group's first parameter."""
-        after: dict[str, Mapping[str, PyTree]] = {n: opt_state[n] for n in self.frozen if n in opt_state}
-        for names, group, old in zip(self.names, lent.param_groups, before, strict=True):
-            for name in names:
-                if own := lent.state.get(leaves[name]):
-                    after[name] = own
-            changed = {key for key, value in group.items() if value is not old.get(key)}
-            changed |= {key for key in self.tensors if getattr(group[key], "_version", 0)}  # a clone starts at 0
-            kept = changed | _group_memory(opt_state, names).keys()
-            if kept := kept - {"params"}:
-                memory = {_GROUP_PREFIX + key: group[key] for key in kept}
-                after[names[0]] = {**after.get(names[0], {}), **memory}
-        return after
-
-
-def lr_scale(state: TrainState) -> float:
-    """Return the number that a state multiplies learning rates by, `extra["lr_scale"]`; 1.0 where it has none.
-
-    Example:
-      >>> lr_scale(ft.TrainState(step=0, position=0, seed=0, params={}, extra={"lr_scale": 0.1}))
-      0.1
-    """
-    return state.extra.get(LR_SCALE, 1.0)  # type: ignore[no-any-return]
-
-
-def _is_low(tensor: Tensor) -> bool:
-    return tensor.dtype in (torch.bfloat16, torch.float16)
-
-
-def _marks(instance: torch.optim.Optimizer) -> set[tuple[str, str]]:
-    """What tells whether a step kept something where it would be lost: in attributes, or in containers of a group."""
-    keys: list[Any] = list(instance.state)
-    marks = {("state of something that is no parameter", str(key)) for key in keys if not isinstance(key, Tensor)}
-    for key, value in instance.__dict__.items():
-        if key not in ("state", "param_groups") and not isinstance(value, bool):
-            marks.add((f"the attribute {key!r}", _mark(value)))
-    for index, one in enumerate(instance.param_groups):
-        containers = {
-            key: value for key, value in one.items() if key != "params" and isinstance(value, list | dict | set)
-        }
-        marks |= {(f"param_groups[{index}][{key!r}]", _mark(value)) for key, value in containers.items()}
-    return marks
-
-
-def _mark(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{id(value)} {value._version}"
-    return repr(value) if isinstance(value, int | float | str | list | dict | set) else ""
-
-
-def _group_memory(opt_state: Mapping[str, Mapping[str, PyTree]], names: Sequence[str]) -> dict[str, PyTree]:
-    """What an optimizer keeps in a group, stored with the group's first parameter."""
-    entries = opt_state.get(names[0], {})
-    return {k.removeprefix(_GROUP_PREFIX): v for k, v in entries.items() if k.startswith(_GROUP_PREFIX)}
-
-
-def _unwrapped_step(cls: type[torch.optim.Optimizer]) -> Callable[[torch.optim.Optimizer], Any]:
-    """The class's step without the profiling wrapper torch puts around it (8 us a call).
-
-    Only that one wrapper is taken off, and not while step hooks for all optimizers are registered: it runs those.
-    """
-    if getattr(cls.step, "hooked", False) and not (_global_optimizer_pre_hooks or _global_optimizer_post_hooks):
-        return cls.step.__wrapped__  # type: ignore[attr-defined,no-any-return]
-    return cls.step

@@ -162,8 +162,10 @@ def test_groups_merge_and_later_ones_win():
     optimizer = ft.optimizer(torch.optim.AdamW, lr=1.0, groups=groups, weight_decay=0.3)
     bound = optimizer.bind({"body.0.bias": torch.ones(2), "body.0.weight": torch.ones(2), "head.bias": torch.ones(2)})
     rates = {
-        names: (hyper.get("lr", lambda _: 1.0)(0), group["weight_decay"])
-        for names, hyper, group in zip(bound.names, bound.scheduled, bound.template.param_groups, strict=True)
+        names: (now["lr"], group["weight_decay"])
+        for names, now, group in zip(
+            bound.names, bound.schedules.at(0).groups, bound.template.param_groups, strict=True
+        )
     }
     assert rates == {("body.0.bias",): (0.05, 0.0), ("body.0.weight",): (0.05, 0.3), ("head.bias",): (1.0, 0.0)}
 

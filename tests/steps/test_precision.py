@@ -174,7 +174,9 @@ def test_the_clipping_law_fails_for_scaled_gradients():
     results = []
     for scale in (2.0**8, 2.0**12):
         model = make("mlp")
-        step_fn = broken.StepThatClipsScaledGradients(model, square_loss, SGD, precision="fp16", clip_grad_norm=0.05)
+        step_fn = broken.step_that_clips_scaled_gradients(
+            model, square_loss, SGD, precision="fp16", clip_grad_norm=0.05
+        )
         results.append(step_fn(ft.init_state(model, SGD, extra=scaled(scale)), batches("mlp", 1)[0]))
     assert not same(results[0].params, results[1].params)
 

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import attrs
-import torch
 from torch import nn
 
 from fntrain.shell.distributed.connected import ranks
 from fntrain.shell.distributed.replicas import HALF, Compress, Replicas
-from fntrain.shell.steps.graphs import CudaEngine, CudaStep
-from fntrain.shell.steps.in_place import InPlace, check_free, check_step, in_place
+from fntrain.shell.steps.device import CudaEngine
+from fntrain.shell.steps.graphs import Graphs
+from fntrain.shell.steps.in_place import Donated, Execution, check_step, in_place, run
+from fntrain.shell.steps.memory import Memory, check_free
 from fntrain.steps.supervised import SupervisedStep
 
 Wrap = Callable[[str, nn.Module], bool]
@@ -34,7 +35,7 @@ def distribute(
     wrap: Wrap | None = None,
     mixed_precision: Compress | None = None,
     reshard_after_forward: bool = True,
-) -> InPlace | CudaStep:
+) -> Donated:
     """Make the form of a step that all processes of the process group do together, in place.
 
     The global batch is the unit: each rank gets its share of `ft.data.stream`, losses and gradients are those of the
@@ -77,23 +78,31 @@ def distribute(
     check_step(step_fn)
     if static_graph and step_fn.accumulate > 1:
         raise ValueError(f"static_graph: torch has it without micro-batches only, and accumulate={step_fn.accumulate}")
-    device = next(step_fn.model.parameters()).device
     here: Any = ranks()
-    if sync_batchnorm and here.world_size > 1:
-        step_fn = _with_sync_batchnorm(step_fn, device)
-    if here.world_size > 1:
-        check_free(step_fn)
-    if here.world_size > 1 and strategy == "fsdp":
-        from fntrain.shell.distributed.shards import ShardedStep, Shards  # it imports much
+    if here.world_size == 1:
+        return in_place(step_fn) if step_fn.body.device.type == "cpu" else _on_device(Memory(step_fn.body), step_fn)
+    if sync_batchnorm:
+        step_fn = _with_sync_batchnorm(step_fn)
+    check_free(step_fn.body)
+    if strategy == "fsdp":
+        from fntrain.shell.distributed.shards import ShardedMemory, Shards  # it imports much
 
         dtype = HALF[mixed_precision] if mixed_precision else None
-        eager: InPlace = ShardedStep(step_fn, Shards(here, step_fn, device, wrap, dtype, reshard_after_forward))
-    elif here.world_size > 1:
-        exchange = Replicas(here, step_fn, device, compress, ddp)
-        eager = in_place(attrs.evolve(step_fn, rank=here.rank, exchange=exchange))
-    else:
-        eager = in_place(step_fn)
-    return CudaStep(eager, CudaEngine(device), "never") if device.type == "cuda" else eager
+        shards = Shards(here, step_fn.body, wrap, dtype, reshard_after_forward)
+        # The module's parameters are DTensors now; the step's own are the memory that these are made around. The
+        # optimizer stays the one whose groups were chosen by whole tensors.
+        slots = attrs.evolve(step_fn.body.slots, params=shards.parts)
+        body = attrs.evolve(step_fn.body, slots=slots, exchange=shards, registered=shards.params)
+        return _on_device(ShardedMemory(body, shards), step_fn)
+    replicas = Replicas(here, step_fn.body, compress, ddp)
+    return _on_device(Memory(attrs.evolve(step_fn.body, exchange=replicas)), step_fn)
+
+
+def _on_device(memory: Memory, step_fn: SupervisedStep) -> Donated:
+    """The step that runs eagerly on this memory; to a GPU its batches are copied first."""
+    device = memory.body.device
+    execution: Execution = Graphs(CudaEngine(device), "never") if device.type == "cuda" else run
+    return Donated(memory, execution, step_fn)
 
 
 def _check_options(strategy: str, ddp: dict[str, Any], fsdp: dict[str, Any]) -> None:
@@ -108,7 +117,8 @@ def _check_options(strategy: str, ddp: dict[str, Any], fsdp: dict[str, Any]) -> 
             raise ValueError(f"{name}: is not an option of strategy={strategy!r}; leave it out")
 
 
-def _with_sync_batchnorm(step_fn: SupervisedStep, device: torch.device) -> SupervisedStep:
+def _with_sync_batchnorm(step_fn: SupervisedStep) -> SupervisedStep:
+    device = step_fn.body.device
     if device.type != "cuda":
         raise ValueError(f"sync_batchnorm: torch has it on GPUs only, the model is on {device.type}; leave it out")
     return attrs.evolve(step_fn, model=nn.SyncBatchNorm.convert_sync_batchnorm(step_fn.model))  # type: ignore[no-untyped-call]

@@ -10,11 +10,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fntrain.core.ranks import Ranks, Sums
+from fntrain.core.ranks import Ranks
 from fntrain.events import Scalar
 from fntrain.steps.batch import Batch
-from fntrain.steps.loss import Weighted
-from fntrain.steps.supervised import LossFn, SupervisedStep
+from fntrain.steps.body import Body
+from fntrain.steps.exchange import Totals, divided, total
+from fntrain.steps.loss import Objective, Weighted
+from fntrain.steps.module import Slots
+from fntrain.steps.settings import LossFn
 
 Compress = Literal["bf16", "fp16"]
 # Buffers are shared after the backward instead of before the forward, so that all ranks return the same state.
@@ -73,49 +76,33 @@ class _Carry(torch.autograd.Function):
 
 
 class Exchanging:
-    """What exchanges have in common; see `fntrain.core.ranks.Exchange`."""
+    """What exchanges between processes have in common; see `fntrain.steps.exchange.Exchange`."""
 
-    def __init__(self, here: Ranks) -> None:
-        self.ranks = here
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
 
-    def registered(self, params: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """They are the same."""
-        return params
+    def sums(self, numbers: Mapping[str, Scalar], device: torch.device) -> Mapping[str, Scalar]:
+        """Add up numbers over ranks, in float64."""
+        return dict(zip(numbers, _sums(list(numbers.values()), device)(), strict=True))
 
-    def missing(self, number: int) -> int:
-        """None: only the last forward of a step needs the others."""
-        del number
-        return 0
+    def padded(self, micro_batches: Iterable[Batch]) -> Iterable[tuple[Batch, bool]]:
+        """All count: only the last forward of a step needs the others."""
+        return ((one, True) for one in micro_batches)
 
-    def sums(self, numbers: Sequence[Scalar], device: torch.device) -> Sums:
-        """Begin to add up numbers over ranks, in float64."""
-        mine = _doubles(numbers, device)
-        work: Any = dist.all_reduce(mine, async_op=True)
+    def totals(self, parts: Sequence[Objective], device: torch.device) -> Callable[[], Totals]:
+        """Add up by a message of their own."""
+        wait, divide = _sums(_numbers(parts), device), parts[0].divide
+        return lambda: _totals(wait(), divide=divide)
 
-        def wait() -> list[Scalar]:
-            work.wait()
-            return _apart(mine)
-
-        return Sums(wait)
-
-    def totals(self, numbers: Sequence[Scalar], device: torch.device) -> Sums:
-        """By a message of their own."""
-        return self.sums(numbers, device)
-
-    def divide(self, divisor: Callable[[], Scalar] | None) -> None:
-        """Nothing to remember: the step divides."""
-
-    def finish(self) -> None:
-        """Nothing left to do: gradients are where they belong."""
-
-    def reset(self) -> None:
-        """Forget a step that failed."""
-
-    def norm(self, norm: float | Tensor) -> float | Tensor:
+    def norm(self, norm: Scalar) -> Scalar:
         """The norm of the gradients, which all ranks have whole."""
         return norm
 
-    def share(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast_buffers(self, slots: Slots) -> None:
+        """Broadcast the buffers of rank 0."""
+        self.broadcast(list(slots.buffers.values()))
+
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Broadcast tensors of rank 0, as bytes in one message: they may be of several dtypes."""
         if not tensors:
             return
@@ -126,31 +113,27 @@ class Exchanging:
             for one, part in zip(ordered, torch.split(flat, [one.nbytes for one in ordered]), strict=True):
                 one.copy_(part.view(one.dtype).view(one.shape))
 
+    def reset(self) -> None:
+        """Forget a step that failed."""
+
 
 class Replicas(Exchanging):
     """The exchange of ranks that each hold the whole state."""
 
-    def __init__(
-        self,
-        here: Ranks,
-        step: SupervisedStep,
-        device: torch.device,
-        compress: Compress | None,
-        options: dict[str, Any],
-    ) -> None:
-        super().__init__(here)
-        self.params = step.slots.params
+    def __init__(self, ranks: Ranks, body: Body, compress: Compress | None, options: dict[str, Any]) -> None:
+        super().__init__(ranks)
+        self.params = body.slots.params
         self.begun = False  # whether a step is on its way
         self.adding = None if compress is None else _Adding(HALF[compress])
-        carried = None if self.adding else _carried(step.slots.params.values(), device)
-        self.both = ModelAndLoss(step.model, step.loss_fn, carried)
-        frozen = [step.slots.params[name] for name in step.bound.frozen if step.slots.params[name].requires_grad]
+        carried = None if self.adding else _carried(self.params.values(), body.device)
+        self.both = ModelAndLoss(body.settings.model, body.settings.loss_fn, carried)
+        frozen = [self.params[name] for name in body.bound.frozen if self.params[name].requires_grad]
         for param in frozen:  # they get no gradient, and must not be waited for
             param.requires_grad_(False)
         try:
             self.ddp = DistributedDataParallel(
                 self.both,
-                device_ids=[device.index] if device.type == "cuda" else None,
+                device_ids=[body.device.index] if body.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
                 **options,
                 **_NO_BROADCAST,
@@ -168,21 +151,31 @@ class Replicas(Exchanging):
         self.ddp.require_backward_grad_sync = last
         return self.both.restored(self.ddp(batch))
 
-    def totals(self, numbers: Sequence[Scalar], device: torch.device) -> Sums:
-        """With the gradients, unless these are compressed."""
-        carried = self.both.carried
+    def totals(self, parts: Sequence[Objective], device: torch.device) -> Callable[[], Totals]:
+        """Add up with the gradients; by a message of their own if these are compressed."""
+        carried, divide = self.both.carried, parts[0].divide
         if carried is None:
-            return attrs.evolve(super().totals(numbers, device), divided=True)
+            wait = _sums(_numbers(parts), device)
+            assert self.adding is not None
+            self.adding.divisor = (lambda: wait()[1]) if divide else None  # before the cast: sums might overflow
+
+            def finish_compressed() -> Totals:
+                self._check_finished()
+                return attrs.evolve(_totals(wait(), divide=divide), divisor=None)
+
+            return finish_compressed
         carried.grad = None  # or they would be added to those of a step that failed
-        self.both.numbers[:] = [_doubles(numbers, device).to(carried.dtype)]
+        self.both.numbers[:] = [_doubles(_numbers(parts), device).to(carried.dtype)]
+        share = 1 / self.ranks.world_size  # torch's gradients, and these numbers with them, are means over ranks
 
-        def means() -> list[Scalar]:
+        def finish() -> Totals:
+            self._check_finished()
             assert carried.grad is not None
-            return _apart(carried.grad)
+            return _totals(_unbound(carried.grad), divide=divide, share=share)
 
-        return Sums(means, share=1 / self.ranks.world_size)
+        return finish
 
-    def finish(self) -> None:
+    def _check_finished(self) -> None:
         """Say which parameters torch still waits for: what it has added up by now is a part of the gradients."""
         try:
             self.ddp.reducer._check_reducer_finalized()
@@ -200,10 +193,28 @@ class Replicas(Exchanging):
             self.ddp.reducer._reset_state()
             self.begun = False
 
-    def divide(self, divisor: Callable[[], Scalar] | None) -> None:
-        """Remember what gradients are to be divided by before they are cast: their sums might overflow."""
-        if self.adding is not None:
-            self.adding.divisor = divisor
+
+def _numbers(parts: Sequence[Objective]) -> list[Scalar]:
+    return [total(parts, field) for field in ("total", "weight", "counts")]
+
+
+def _totals(numbers: Sequence[Scalar], *, divide: bool, share: float = 1.0) -> Totals:
+    """What sums over ranks come to; these, and the gradients, are `share` of them: 1 / ranks if they are means."""
+    loss, weight, counts = numbers
+    divisor = weight if divide else share
+    return Totals(divided(loss, divisor), None if not divide and share == 1.0 else divisor, counts)
+
+
+def _sums(numbers: Sequence[Scalar], device: torch.device) -> Callable[[], list[Scalar]]:
+    """Begin to add up numbers over ranks, in float64; what is returned waits for the sums."""
+    mine = _doubles(numbers, device)
+    work: Any = dist.all_reduce(mine, async_op=True)
+
+    def wait() -> list[Scalar]:
+        work.wait()
+        return _unbound(mine)
+
+    return wait
 
 
 def _carried(params: Iterable[Tensor], device: torch.device) -> nn.Parameter:
@@ -227,7 +238,7 @@ def _doubles(numbers: Sequence[Scalar], device: torch.device) -> Tensor:
     )
 
 
-def _apart(numbers: Tensor) -> list[Scalar]:
+def _unbound(numbers: Tensor) -> list[Scalar]:
     """Numbers one by one, in float64; copies, since the next step writes over the bucket that they may lie in."""
     if numbers.device.type == "cpu":
         return numbers.tolist()

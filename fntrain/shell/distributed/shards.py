@@ -4,12 +4,11 @@ torch keeps each parameter as a DTensor, split by rows. The step works on the pa
 the state that it hands out has DTensors around the same memory, so that whoever keeps or saves it knows what it is of.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,14 +17,16 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
 from fntrain.core import tree
-from fntrain.core.lease import FIELDS, Home, Leased
+from fntrain.core.lease import Home
 from fntrain.core.state import TrainState
 from fntrain.core.tree import PyTree, local, relocated, split_like
 from fntrain.shell.distributed.connected import Connected
 from fntrain.shell.distributed.replicas import Exchanging, ModelAndLoss
-from fntrain.shell.steps.in_place import InPlace
+from fntrain.shell.steps.memory import Memory
 from fntrain.steps.batch import Batch, map_batch
-from fntrain.steps.supervised import SupervisedStep
+from fntrain.steps.body import Body
+from fntrain.steps.exchange import Totals
+from fntrain.steps.loss import Objective
 
 Wrap = Callable[[str, nn.Module], bool]
 # Their updates look at each element alone, so a part is updated as in the whole.
@@ -35,25 +36,25 @@ ELEMENTWISE = frozenset(
 
 
 class Shards(Exchanging):
-    """The exchange of ranks that each hold a part; see `fntrain.core.ranks.Exchange`."""
+    """The exchange of ranks that each hold a part; see `fntrain.steps.exchange.Exchange`."""
 
     def __init__(
         self,
         here: Connected,
-        step: SupervisedStep,
-        device: torch.device,
+        body: Body,
         wrap: Wrap | None,
         mixed_precision: torch.dtype | None,
         reshard_after_forward: bool,
     ) -> None:
+        step, params, device = body.settings, body.slots.params, body.device
         blocks = [] if wrap is None else [name for name, module in step.model.named_modules() if wrap(name, module)]
-        check(step, blocks)
+        check(body, blocks)
         super().__init__(Connected(here.group, sharded=True))
         self.both = ModelAndLoss(step.model, step.loss_fn)
-        for tensor in (*step.slots.params.values(), *step.slots.buffers.values()):
-            self.share([tensor])  # one by one: together they are the whole model once more
-        for name in step.bound.frozen:
-            step.slots.params[name].requires_grad_(False)
+        for tensor in (*params.values(), *body.slots.buffers.values()):
+            self.broadcast([tensor])  # one by one: together they are the whole model once more
+        for name in body.bound.frozen:
+            params[name].requires_grad_(False)
         mesh = init_device_mesh(device.type, (here.world_size,))
         policy, outer = MixedPrecisionPolicy(), MixedPrecisionPolicy()
         if mixed_precision is not None:
@@ -70,17 +71,12 @@ class Shards(Exchanging):
         for module in self.wrapped:
             module.set_force_sum_reduction_for_comms(True)  # added up; the step divides its part by the weight
             module.set_gradient_divide_factor(1.0)
-        self.params: dict[str, Any] = dict(zip(step.slots.params, step.model.parameters(), strict=True))
+        self.params: dict[str, Any] = dict(zip(params, step.model.parameters(), strict=True))
         self.parts = {
             name: nn.Parameter(param._local_tensor, requires_grad=param.requires_grad)
             for name, param in self.params.items()
         }
         self.begun = False
-
-    def registered(self, params: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """The module has DTensors."""
-        del params
-        return self.params
 
     def forward(self, model: nn.Module, batch: Batch, last: bool) -> Any:
         """Run model and loss; in all but the last micro-batch gradients stay here, unsharded."""
@@ -91,11 +87,17 @@ class Shards(Exchanging):
         self.wrapped[0].set_requires_gradient_sync(last)  # of all, recursively
         return self.both.restored(self.both(batch))
 
-    def finish(self) -> None:
-        """Hand the parts' gradients to the parts."""
-        for name, param in self.params.items():
-            self.parts[name].grad = None if param.grad is None else param.grad._local_tensor
-            param.grad = None
+    def totals(self, parts: Sequence[Objective], device: torch.device) -> Callable[[], Totals]:
+        """Add up by a message of their own, then hand the parts' gradients to the parts."""
+        sums = super().totals(parts, device)
+
+        def finish() -> Totals:
+            for name, param in self.params.items():
+                self.parts[name].grad = None if param.grad is None else param.grad._local_tensor
+                param.grad = None
+            return sums()
+
+        return finish
 
     def norm(self, norm: float | Tensor) -> Tensor:
         """The norm of all parts together."""
@@ -103,9 +105,11 @@ class Shards(Exchanging):
         dist.all_reduce(square)
         return square.sqrt()
 
-    def missing(self, number: int) -> int:
-        """How many micro-batches this rank has fewer than another: each of their forwards gathers parts of all."""
-        return self.ranks.max(number) - number
+    def padded(self, micro_batches: Iterable[Batch]) -> Iterable[tuple[Batch, bool]]:
+        """Run some more where another rank has more: each of its forwards gathers parts of all."""
+        mine = list(micro_batches)
+        num_extra_forwards = self.ranks.max(len(mine)) - len(mine)
+        return [(mine[0], False)] * num_extra_forwards + [(one, True) for one in mine]
 
     def clear(self) -> None:
         """Drop gradients that were left."""
@@ -176,12 +180,13 @@ def _cast(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def check(step: SupervisedStep, blocks: Sequence[str]) -> None:
+def check(body: Body, blocks: Sequence[str]) -> None:
     """Refuse what would look at a part as if it were the whole, and what torch can't split, before anything changes."""
+    step = body.settings
     for name, param in step.model.named_parameters():  # now: the step may be from before they were split
         if local(param) is not param:
             raise ValueError(f"model: {name!r} is split over ranks already; build the model anew for another step")
-    for name, param in step.slots.params.items():
+    for name, param in body.slots.params.items():
         if not param.ndim or not param.is_contiguous():
             kind = "has no dimension" if not param.ndim else "is not contiguous"
             raise ValueError(f"model: {name!r} {kind}, so it can't be split by rows; change it, or use strategy='ddp'")
@@ -205,68 +210,46 @@ def check(step: SupervisedStep, blocks: Sequence[str]) -> None:
         raise ValueError("transform_grads: would get parts of the gradients under strategy='fsdp'; use strategy='ddp'")
 
 
-class ShardedStep(InPlace):
-    """A step in place on this rank's parts; its states have DTensors around them."""
+class ShardedMemory(Memory):
+    """The memory of a rank that holds parts; its states have DTensors around them."""
 
-    def __init__(self, step: SupervisedStep, exchange: Shards) -> None:
-        self.exchange = exchange
-        bound = step.bound
-        step = attrs.evolve(step, rank=exchange.ranks.rank, exchange=exchange)
-        # The module's parameters are DTensors now; the step's own are the memory that these are made around.
-        object.__setattr__(step, "slots", attrs.evolve(step.slots, params=exchange.parts))
-        object.__setattr__(step, "bound", bound)  # groups were chosen by whole tensors
-        super().__init__(step)
-        self.sharded = Home.of(dict(step.model.named_parameters()))  # what the module itself shows
-        self.sharded.binder = self.bound
-        self.home.join(self.sharded)
-        self.shown: tuple[Any, dict[str, Any]] = (None, {})  # the optimizer's state, and in DTensors
-        self.shown_params: tuple[int, dict[str, Any]] = (-1, {})  # the same of the parameters, for so many moves
+    def __init__(self, body: Body, shards: Shards) -> None:
+        self.shards = shards
+        super().__init__(body)
+        sharded = Home.of(dict(body.settings.model.named_parameters()))  # what the module itself shows
+        sharded.binder = self.bound
+        self.sharded = sharded  # kept alive as long as this memory
+        self.home.join(sharded)
+        self._around: dict[str, tuple[Any, int, dict[str, Any]]] = {}  # field -> of which tensors, after how many moves
 
-    def own(self, state: TrainState) -> TrainState:
-        """Copy in what of a state is not this memory already, of whole tensors this rank's part."""
-        changes: dict[str, Any] = {}
-        for field in FIELDS:
-            theirs: Any = getattr(state, field)
-            if not self.home.leased(theirs, field):
-                changes[field] = {name: self.part(name, value) for name, value in theirs.items()}
-            elif field != "buffers":
-                mine = self.params if field == "params" else self.opt_state
-                if field == "opt_state" and theirs.tensors is not self.shown[1]:
-                    mine = {name: self.part(name, value) for name, value in theirs.items()}
-                changes[field] = Leased(mine, self.home, field, state.step)
-        return super().own(state.replace(**changes))
+    def shown(self, field: str) -> dict[str, Any]:
+        """Return the mapping that states hold for a field: DTensors around the parts; made once, each takes 3 us."""
+        own = super().shown(field)
+        if field == "buffers":
+            return own
+        of, moves, known = self._around.get(field, (None, -1, {}))
+        if of is not own or moves != self.moves:
+            known = {name: self.around(name, value) for name, value in own.items()}
+            self._around[field] = own, self.moves, known
+        return known
 
-    def part(self, name: str, value: PyTree) -> PyTree:
+    def own_part(self, name: str, value: PyTree) -> PyTree:
         """Return the part of this rank, of a parameter or of what the optimizer keeps of it."""
-        if name not in self.exchange.params:
+        if name not in self.shards.params:
             return value  # a buffer
-        whole = self.exchange.params[name]
-
+        whole = self.shards.params[name]
         return tree.map_tensors(lambda tensor: local(split_like(whole, tensor)), value)
-
-    def advanced(self, state: TrainState, changes: dict[str, Any]) -> TrainState:
-        """The next state: this memory, on lease, in DTensors."""
-        if self.shown[0] is not self.opt_state:
-            self.shown = self.opt_state, {name: self.around(name, value) for name, value in self.opt_state.items()}
-        if self.shown_params[0] != self.moves:  # made once: each takes 3 us
-            self.shown_params = self.moves, {name: self.around(name, part) for name, part in self.params.items()}
-        new = super().advanced(state, changes)
-        step = state.step + 1
-        return new.replace(
-            params=Leased(self.shown_params[1], self.home, "params", step),
-            opt_state=Leased(self.shown[1], self.home, "opt_state", step),
-        )
 
     def around(self, name: str, value: PyTree) -> PyTree:
         """DTensors around parts."""
-        whole = self.exchange.params[name]
-        shape = self.exchange.parts[name].shape
+        whole = self.shards.params[name]
+        shape = self.shards.parts[name].shape
         return tree.map_tensors(lambda t: relocated(whole, t) if whole.ndim and t.shape == shape else t, value)
 
     @contextmanager
     def bound(self, state: TrainState) -> Iterator[None]:
         """The module with a state's values in its memory, callable by itself, for `ft.bound`."""
-        slots = self.step.slots
+        slots = self.body.slots
         own: dict[str, Any] = {**self.params, **{f"buffers.{name}": one for name, one in slots.buffers.items()}}
         kept = tree.clone(
             {**own, **{f"scratch.{n}": o[k] for n, (_, o, k) in enumerate(slots.places) if o[k] is not None}}
@@ -274,11 +257,11 @@ class ShardedStep(InPlace):
         with torch.no_grad():
             for name, tensor in self.params.items():
                 if not self.home.leased(state.params, "params"):
-                    tensor.copy_(self.part(name, state.params[name]))
+                    tensor.copy_(self.own_part(name, state.params[name]))
             for name, tensor in slots.buffers.items():
                 tensor.copy_(state.buffers[name])
         try:
-            with self.exchange.whole():
+            with self.shards.whole():
                 yield
         finally:
             with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from array import array
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from functools import partial
 from types import MappingProxyType, NoneType
 from typing import Any
 
@@ -10,9 +9,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from fntrain.core.state import TrainState
-from fntrain.steps.optim import BoundOptimizer, lr_scale
-from fntrain.steps.supervised import SupervisedStep
+from fntrain.steps.rates import Rates
+from fntrain.steps.update import BoundOptimizer
 
 Filler = Callable[[Iterator[Tensor]], Any]
 _TRACED = {"foreach": False, "fused": None, "capturable": True}  # options of torch's optimizers, where they have them
@@ -62,79 +60,51 @@ def filler(value: Any) -> Filler:
 
 
 @attrs.frozen(eq=False)
-class Rates:
-    """The options that depend on the step, and every learning rate: one vector of float64, an input of the program."""
+class RateVector:
+    """The rates of a step as one vector of float64, an input of the program: no value of theirs compiles anew."""
 
-    fns: list[Callable[[int], Any]]
-    is_lr: list[bool]  # which of them the state's `lr_scale` multiplies
-    places: list[dict[str, int]]  # for each group of the optimizer: option -> index into the vector
-    divisors: list[int]  # where 0 would be divided by
-    lr: int | None
+    names: list[list[str]]  # the options of each group of the optimizer, in the order of the vector
+    divides: list[bool]  # for each number, whether the update divides by it
     numbers: "array[float]"
-    vector: Tensor  # shares memory with numbers
+    tensor: Tensor  # shares memory with numbers
 
     @classmethod
-    def of(cls, step_fn: SupervisedStep) -> "Rates":
-        fns: list[tuple[bool, Callable[[int], Any]]] = []
-        places: list[dict[str, int]] = []
-        divisors = []
-        for group, scheduled in zip(step_fn.bound.template.param_groups, step_fn.bound.scheduled, strict=True):
-            places.append({})
-            # A tensor is kept as it is: what is written to it later counts.
-            functions: dict[str, Callable[[int], Any]] = {"lr": partial(_constant, value=group["lr"])}
-            for key, fn in (functions | scheduled).items():
-                one = (key == "lr", fn)
-                if one not in fns:  # one schedule for all groups is evaluated once
-                    fns.append(one)
-                places[-1][key] = fns.index(one)
-            if "capturable" in group:
-                divisors.append(places[-1]["lr"])
-        lr = step_fn.optimizer.lr
-        if callable(lr) and (True, lr) not in fns:
-            fns.append((True, lr))  # no group has it, but it is reported
-        numbers = array("d", [0.0] * len(fns))
-        return cls(
-            [fn for _, fn in fns],
-            [is_lr for is_lr, _ in fns],
-            places,
-            divisors,
-            fns.index((True, lr)) if callable(lr) else None,
-            numbers,
-            torch.frombuffer(numbers, dtype=torch.float64),
-        )
+    def of(cls, bound: BoundOptimizer) -> "RateVector":
+        """Make the vector for the rates of an optimizer."""
+        groups = list(zip(bound.template.param_groups, bound.schedules.groups, strict=True))
+        divides = ["capturable" in group and name == "lr" for group, depending in groups for name in depending]
+        numbers = array("d", [0.0] * len(divides))
+        return cls([list(one) for _, one in groups], divides, numbers, torch.frombuffer(numbers, dtype=torch.float64))
 
-    def at(self, state: TrainState) -> list[Any]:
-        """Write the vector for a state's step; returns the values as the functions gave them."""
-        values, scale = [fn(state.step) for fn in self.fns], lr_scale(state)
-        if scale != 1.0:
-            values = [value * scale if is_lr else value for value, is_lr in zip(values, self.is_lr, strict=True)]
-        for index, value in enumerate(values):
+    def write(self, rates: Rates) -> None:
+        """Write the numbers of a step.
+
+        Raises:
+          Untraceable: an option is no number.
+        """
+        values = (value for group in rates.groups for value in group.values())
+        for index, (value, divides) in enumerate(zip(values, self.divides, strict=True)):
             try:
-                self.numbers[index] = value
+                self.numbers[index] = (value or _NO_RATE) if divides else value
             except TypeError:
                 raise Untraceable(f"a scheduled option is {value!r}, expected a number") from None
-        for index in self.divisors:
-            self.numbers[index] = self.numbers[index] or _NO_RATE
-        return values
 
-    def lent(self, bound: BoundOptimizer, vector: Tensor) -> BoundOptimizer:
-        """The optimizer with its numbers taken from a traced vector, in the form that can be traced."""
-        template = object.__new__(type(bound.template))
-        template.__dict__.update(bound.template.__dict__)
-        template.param_groups = [
-            group | {key: value for key, value in _TRACED.items() if key in group}
-            for group in bound.template.param_groups
-        ]
-        scheduled: tuple[dict[str, Callable[[int], Any]], ...] = tuple(
-            {key: partial(_constant, value=vector[index]) for key, index in place.items()} for place in self.places
-        )
-        lent = attrs.evolve(bound, template=template, scheduled=scheduled)
-        lent.seen.append(True)
-        return lent
+    def read(self, vector: Tensor) -> Rates:
+        """Return the rates as the elements of a traced vector."""
+        elements = iter([vector[index] for index in range(len(self.divides))])
+        return Rates(None, tuple({name: next(elements) for name in names} for names in self.names))
 
 
-def _constant(_step: int, *, value: Any) -> Any:
-    return value
+def traceable(bound: BoundOptimizer) -> BoundOptimizer:
+    """Return the optimizer in the form that can be traced: torch's update on single tensors, which reads no number."""
+    template = object.__new__(type(bound.template))
+    template.__dict__.update(bound.template.__dict__)
+    template.param_groups = [
+        group | {key: value for key, value in _TRACED.items() if key in group} for group in bound.template.param_groups
+    ]
+    changed = attrs.evolve(bound, template=template)
+    changed.seen.append(True)
+    return changed
 
 
 def shapes(tensors: list[Tensor]) -> str:

@@ -4,7 +4,7 @@ The arithmetic is the kernel's, so the result is bitwise the class's; what is sa
 at every step.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fntrain.core.state import TrainState
 from fntrain.steps.grads import stalls
-from fntrain.steps.optim import BoundOptimizer, lr_scale
+from fntrain.steps.rates import Rates
+from fntrain.steps.update import BoundOptimizer
 
 _CLASSES = (torch.optim.Adam, torch.optim.AdamW)
 _MEMORY = {"step", "exp_avg", "exp_avg_sq"}
@@ -36,7 +36,7 @@ class FusedAdam:
         if type(optimizer) not in _CLASSES or bound.tensors:
             return None
         groups = []
-        for names, group, hyper in zip(bound.names, optimizer.param_groups, bound.scheduled, strict=True):
+        for names, group, depending in zip(bound.names, optimizer.param_groups, bound.schedules.groups, strict=True):
             memory = _MEMORY | ({"max_exp_avg_sq"} if group["amsgrad"] else set())
             kept = [opt_state.get(name, {}) for name in names]
             kinds = {(params[name].dtype, params[name].device) for name in names}
@@ -51,42 +51,22 @@ class FusedAdam:
             counted = None if stalls(counts) else counts.numpy()
             kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
             leaves = [params[name] for name in names]
-            groups.append(_Group(kernel, names, leaves, lists, counts, counted, options, hyper))
+            groups.append(_Group(kernel, names, leaves, lists, counts, counted, options, frozenset(depending)))
         return cls(groups, frozenset(name for names in bound.names for name in names))
 
-    def lrs(self, state: TrainState) -> list[float] | None:
-        """The learning rate of each group at a state's step, or None if another option is scheduled too."""
-        if any(group.scheduled.keys() - {"lr"} for group in self.groups):
-            return None
-        step, scale = state.step, lr_scale(state)
-        return [
-            (group.scheduled["lr"](step) if group.scheduled else group.options["lr"]) * scale for group in self.groups
-        ]
+    @property
+    def only_lr(self) -> bool:
+        """Whether no option but the learning rate depends on the step."""
+        return not any(group.scheduled - {"lr"} for group in self.groups)
 
     def takes(self, leaves: Mapping[str, Tensor]) -> bool:
         """Whether every parameter has a gradient, and nobody wants to see the class's step."""
         return leaves.keys() == self.names and not (_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
 
-    def __call__(
-        self,
-        leaves: Mapping[str, Tensor],
-        state: TrainState,
-        found_inf: Tensor | None = None,
-        lrs: Sequence[Tensor] | None = None,
-    ) -> None:
-        """Update in place by the gradients of the leaves; where `found_inf` is 1 everything stays as it was.
-
-        `lrs` are learning rates on the device, one for each group, in place of those of the step.
-        """
-        step, scale = state.step, lr_scale(state)
-        for index, group in enumerate(self.groups):
-            now = group.options
-            if lrs is not None:
-                now = {**now, "lr": lrs[index]}
-            elif group.scheduled:
-                now = {**now, **{key: fn(step) for key, fn in group.scheduled.items()}}
-            if lrs is None and scale != 1.0:
-                now = {**now, "lr": now["lr"] * scale}
+    def __call__(self, leaves: Mapping[str, Tensor], rates: Rates, found_inf: Tensor | None = None) -> None:
+        """Update in place by the gradients of the leaves; where `found_inf` is 1 everything stays as it was."""
+        for group, depending in zip(self.groups, rates.groups, strict=True):
+            now = group.options | depending
             if group.counted is None:
                 group.counts.add_(1)
             else:
@@ -120,4 +100,4 @@ class _Group:
     counts: Tensor  # the steps, which are views of it
     counted: Any  # the same memory as an array: counting there spares an operation of torch
     options: dict[str, Any]
-    scheduled: Mapping[str, Callable[[int], Any]]
+    scheduled: frozenset[str]  # options that depend on the step, and the learning rate

@@ -5,41 +5,31 @@ scheduled numbers, the leaves of the state, those of the batch, and what the los
 over the old ones, as a step run in place does, and gives the metrics.
 """
 
-import hashlib
 import os
-import platform
 import sys
-import tempfile
 import time
 import warnings
-import zlib
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import attrs
-import torch
 from torch import Tensor
 
-from fntrain.core import tree
 from fntrain.core.check import whole
 from fntrain.core.lease import FIELDS
-from fntrain.core.ranks import Ranks
-from fntrain.core.rng import preserved_generators
 from fntrain.core.state import TrainState
-from fntrain.shell.checkpoints.tensor_file import fsync
-from fntrain.shell.steps.flat import Rates, Unsettled, Untraceable, flatten, shapes
-from fntrain.shell.steps.in_place import InPlace, check_step, in_place
+from fntrain.shell.steps.compiler import Run, compiled, try_out
+from fntrain.shell.steps.flat import RateVector, Unsettled, Untraceable, flatten, shapes
+from fntrain.shell.steps.in_place import Changes, Donated, check_step, modes, run, same_form
+from fntrain.shell.steps.memory import Memory
 from fntrain.steps.batch import Batch
-from fntrain.steps.supervised import LR, SupervisedStep
+from fntrain.steps.report import LR
+from fntrain.steps.settings import Settings
+from fntrain.steps.supervised import SupervisedStep
 
 if TYPE_CHECKING:
-    from torch.fx import GraphModule
-
     from fntrain.shell.steps.trace import Traced
-
-Run = Callable[[list[Tensor]], list[Tensor]]
-_OPTIONS = {"aot_inductor.package": True, "fallback_random": True}  # eager's kernels draw: the same bits
 
 
 def compile_step(
@@ -71,7 +61,29 @@ def compile_step(
     """
     check_step(step_fn)
     max_programs = whole("max_programs", max_programs, 1)
-    return CompiledStep(in_place(step_fn), None if directory is None else Path(directory), max_programs)
+    place = None if directory is None else Path(directory)
+    form = (compile_step, place, max_programs)
+    if (same := same_form(step_fn, form)) is not None:
+        return same  # type: ignore[no-any-return]
+    body = step_fn.body
+    programs = Programs(body.settings, RateVector.of(body.bound), place, max_programs)
+    return CompiledStep(Memory(body), programs, step_fn, form)
+
+
+class CompiledStep(Donated):
+    """A step function that runs compiled programs; made by `compile_step`."""
+
+    execution: "Programs"
+
+    @property
+    def num_compiled(self) -> int:
+        """How many programs were compiled here."""
+        return self.execution.num_compiled
+
+    @property
+    def num_loaded(self) -> int:
+        """How many programs were found in the directory."""
+        return self.execution.num_loaded
 
 
 @attrs.frozen(eq=False)
@@ -83,18 +95,15 @@ class Program:
 
 
 @attrs.define(eq=False, repr=False)
-class CompiledStep:
-    """A step function that runs compiled programs; made by `compile_step`.
+class Programs:
+    """Execution by compiled programs: traces and compiles each structure of state and batch once, eager elsewhere."""
 
-    `num_compiled` counts the programs compiled here, `num_loaded` those found in the directory.
-    """
-
-    eager: InPlace
+    settings: Settings
+    vector: RateVector
     directory: Path | None
     max_programs: int
     num_compiled: int = attrs.field(default=0, init=False)
     num_loaded: int = attrs.field(default=0, init=False)
-    _rates: Rates = attrs.field(init=False)
     _programs: dict[Hashable, Program | None] = attrs.field(factory=dict, init=False)  # None: runs eagerly
     _leaves: list[Tensor] = attrs.field(factory=list, init=False)  # the state's, in the order of the programs' inputs
     _structures: dict[Hashable, int] = attrs.field(factory=dict, init=False)
@@ -102,182 +111,106 @@ class CompiledStep:
     _stays_eager: bool = attrs.field(default=False, init=False)
     _full: bool = attrs.field(default=False, init=False)
 
-    def __attrs_post_init__(self) -> None:
-        self._rates = Rates.of(self.eager.step)
+    def described(self, _step: str) -> str:
+        """What a step with this execution prints as."""
+        return f"CompiledStep({type(self.settings.model).__name__}, {self.num_compiled + self.num_loaded} programs)"
 
-    @property
-    def ranks(self) -> Ranks:
-        """The processes that do this step together, for the fold."""
-        return self.eager.ranks
-
-    def __repr__(self) -> str:
-        return f"CompiledStep({type(self.eager.step.model).__name__}, {self.num_compiled + self.num_loaded} programs)"
-
-    def __call__(self, state: TrainState, batch: Batch) -> TrainState:
+    def __call__(self, memory: Memory, state: TrainState, batch: Batch) -> Changes:
         if self._stays_eager or state.step == 0:
-            return self.eager(state, batch)
-        state = self.eager.own(state)
-        self.eager.settle_params()  # somebody may have put other tensors into the module
+            return run(memory, state, batch)
         try:
             inputs: list[Tensor] = []
-            key = (self._structure(), flatten(batch, inputs), self.eager.modes())
-            program = self._programs[key] if key in self._programs else self._build(key, state, batch, inputs)
+            key = (self._structure(memory), flatten(batch, inputs), modes(memory))
+            program = self._programs[key] if key in self._programs else self._build(key, memory, state, batch, inputs)
         except Untraceable as error:
-            return self._give_up(state, batch, error)
+            return self._give_up(memory, state, batch, error)
         if program is None:
-            return self.eager(state, batch)
-        return self._run(program, state, batch, inputs)
+            return run(memory, state, batch)
+        return self._run(program, memory, state, batch, inputs)
 
-    def _run(self, program: Program, state: TrainState, batch: Batch, inputs: list[Tensor]) -> TrainState:
-        step, traced = self.eager.step, program.traced
-        rates = self._rates.at(state)
-        step.seed(state)
-        looked_at = traced.healthy if step.on_nonfinite == "raise" else None
+    def _run(self, program: Program, memory: Memory, state: TrainState, batch: Batch, inputs: list[Tensor]) -> Changes:
+        traced = program.traced
+        rates = memory.body.rates(state)
+        self.vector.write(rates)
+        memory.body.seed(state)
+        looked_at = traced.healthy if self.settings.on_nonfinite == "raise" else None
         if looked_at is None:
-            self.eager.home.end(f"step {state.step + 1}", *FIELDS)
-        results = program.run([self._rates.vector, *self._leaves, *inputs, *traced.constants])
+            memory.end_leases(state, *FIELDS)
+        results = program.run([self.vector.tensor, *self._leaves, *inputs, *traced.constants])
         if looked_at is not None:
             if not results[looked_at].item():
-                return self.eager(state, batch)  # which is as it was; finds the names, and raises
-            self.eager.home.end(f"step {state.step + 1}", *FIELDS)
-        metrics = traced.metrics.copy()
-        for name, index in traced.tensors:
-            metrics[name] = results[index]
-        for name, index, kind in traced.media:
-            metrics[name] = kind(results[index])
-        metrics[LR] = step.lr(state) if self._rates.lr is None else rates[self._rates.lr]
-        return self.eager.advanced(state, {"metrics": metrics})
+                return run(memory, state, batch)  # the state is as it was; this finds the names, and raises
+            memory.end_leases(state, *FIELDS)
+        return {"metrics": {**traced.reported(results), LR: rates.lr}}
 
-    def _structure(self) -> int:
+    def _structure(self, memory: Memory) -> int:
         """A number for names, shapes and layouts of the state; looked at again only where its memory has moved."""
         opt_state, moves, structure = self._current
-        if opt_state is not self.eager.opt_state or moves != self.eager.moves:
+        if opt_state is not memory.opt_state or moves != memory.moves:
             self._leaves = []
-            described = flatten((self.eager.params, self.eager.buffers, self.eager.opt_state), self._leaves)
+            described = flatten((memory.params, memory.buffers, memory.opt_state), self._leaves)
             structure = self._structures.setdefault(described, len(self._structures))
-            self._current = (self.eager.opt_state, self.eager.moves, structure)
+            self._current = (memory.opt_state, memory.moves, structure)
         return structure
 
-    def _build(self, key: Hashable, state: TrainState, batch: Batch, inputs: list[Tensor]) -> Program | None:
+    def _build(
+        self, key: Hashable, memory: Memory, state: TrainState, batch: Batch, inputs: list[Tensor]
+    ) -> Program | None:
         """Trace, then load or compile; None where this call has to run eagerly."""
         if self.num_compiled + self.num_loaded >= self.max_programs:
-            if not self._full:
-                self._warn(
-                    f"has {self.max_programs} programs; further ones, such as for batch {shapes(inputs)}, run eagerly. "
-                    "Pad batches to few shapes, leave numbers and texts that differ (ids, names) out of them, or pass "
-                    "a larger max_programs"
-                )
-            self._full = True
+            self._warn_once_of_many(inputs)
             return None
-        from fntrain.shell.steps.trace import reason, trace  # 0.4 s to import: only where it is used
-
-        step = self.eager.step
-        if step.precision in ("fp16", "tf32"):
-            raise Untraceable(f"precision={step.precision!r} is of eager steps and graphs; 'fp32' and 'bf16' compile")
-        step.check_model()
-        title = f"compile_step: {type(step.model).__name__}, batch {shapes(inputs)}"
-        trees = (self.eager.params, self.eager.buffers, self.eager.opt_state)
-        start = time.perf_counter()
+        if self.settings.precision in ("fp16", "tf32"):
+            raise Untraceable(
+                f"precision={self.settings.precision!r} is of eager steps and graphs; 'fp32' and 'bf16' compile"
+            )
+        memory.body.check_model()
         try:
-            self._rates.at(state)
-            flat = [self._rates.vector, *self._leaves, *inputs]
-            traced = trace(step, self._rates, trees, batch, flat)
-            seconds = time.perf_counter() - start
-            print(f"{title}: traced in {seconds:.1f} s, compiling ...", file=sys.stderr, flush=True)
-            run, found = _compiled(traced.graph, flat + traced.constants, self.directory)
-            _try(run, flat + traced.constants, [*self._leaves, *traced.constants])
+            self._programs[key] = self._compile(memory, state, batch, inputs)
         except Unsettled:
             self._programs[key] = None
-            return None
+        return self._programs[key]
+
+    def _compile(self, memory: Memory, state: TrainState, batch: Batch, inputs: list[Tensor]) -> Program:
+        from fntrain.shell.steps.trace import reason, trace  # 0.4 s to import: only where it is used
+
+        title = f"compile_step: {type(self.settings.model).__name__}, batch {shapes(inputs)}"
+        trees = (memory.params, memory.buffers, memory.opt_state)
+        start = time.perf_counter()
+        try:
+            self.vector.write(memory.body.rates(state))
+            flat = [self.vector.tensor, *self._leaves, *inputs]
+            traced = trace(memory.body, self.vector, trees, batch, flat)
+            traced_at = time.perf_counter()
+            print(f"{title}: traced in {traced_at - start:.1f} s, compiling ...", file=sys.stderr, flush=True)
+            run, found = compiled(traced.graph, flat + traced.constants, self.directory)
+            try_out(run, flat + traced.constants, [*self._leaves, *traced.constants])
+        except Unsettled:
+            raise
         except Exception as error:
             raise Untraceable(reason(error)) from error
         self.num_compiled, self.num_loaded = self.num_compiled + (not found), self.num_loaded + found
-        seconds = time.perf_counter() - start - seconds
+        seconds = time.perf_counter() - traced_at
         print(f"{title}: {'loaded' if found else 'compiled'} in {seconds:.1f} s", file=sys.stderr, flush=True)
-        self._programs[key] = Program(run, traced)
-        return self._programs[key]
+        return Program(run, traced)
 
-    def _give_up(self, state: TrainState, batch: Batch, error: Untraceable) -> TrainState:
-        new = self.eager(state, batch)  # what is wrong with the model or the batch itself is raised here
+    def _give_up(self, memory: Memory, state: TrainState, batch: Batch, error: Untraceable) -> Changes:
+        changes = run(memory, state, batch)  # what is wrong with the model or the batch itself is raised here
         self._stays_eager = True
         self._warn(
             f"can't be one program: {error}. It runs eagerly from here on, correct but not faster; change what is "
             "named, or leave out compile_step"
         )
-        return new
+        return changes
+
+    def _warn_once_of_many(self, inputs: list[Tensor]) -> None:
+        if not self._full:
+            self._full = True
+            self._warn(
+                f"has {self.max_programs} programs; further ones, such as for batch {shapes(inputs)}, run eagerly. "
+                "Pad batches to few shapes, leave numbers and texts that differ (ids, names) out of them, or pass "
+                "a larger max_programs"
+            )
 
     def _warn(self, text: str) -> None:
-        warnings.warn(f"compile_step: {type(self.eager.step.model).__name__} {text}", stacklevel=4)
-
-
-def _compiled(graph: "GraphModule", inputs: list[Tensor], directory: Path | None) -> tuple[Run, bool]:
-    """A graph's program, and whether it was found in the directory."""
-    if directory is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            return _load(_compile(graph, inputs, Path(temporary), "program")), False
-    name = _fingerprint(graph, inputs)
-    for file in directory.glob(f"{name}-*.pt2"):
-        try:
-            if file.stem != f"{name}-{_checksum(file)}":
-                raise RuntimeError("its checksum is another")
-            return _load(file), True
-        except RuntimeError as error:
-            text = str(error).partition("\n")[0]
-            warnings.warn(f"compile_step: {file} is damaged ({text}); it is compiled anew", stacklevel=5)
-            file.unlink(missing_ok=True)
-    directory.mkdir(parents=True, exist_ok=True)
-    return _load(_compile(graph, inputs, directory, name)), False
-
-
-def _compile(graph: "GraphModule", inputs: list[Tensor], directory: Path, name: str) -> Path:
-    """Compile a graph into a file that is there whole or not at all; its name ends in a checksum."""
-    import torch._inductor
-    from torch._inductor.package.package import package_aoti
-
-    temporary = directory / f".{name}.{os.getpid()}.pt2"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, about itself: nothing of the user's runs here
-            files = torch._inductor.aot_compile(graph, tuple(inputs), options=dict(_OPTIONS))
-            package_aoti(str(temporary), {"model": cast("Any", files)})
-        fsync(temporary)
-        return temporary.replace(directory / f"{name}-{_checksum(temporary)}.pt2")
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _checksum(file: Path) -> str:
-    return f"{zlib.crc32(file.read_bytes()):08x}"  # torch's loader runs what it is given, flipped bits and all
-
-
-def _load(file: Path) -> Run:
-    # One runner without locks; the thread-safe one costs twice as much a call.
-    loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", True, 1, -1)
-    return cast("Run", loader.boxed_run)
-
-
-def _try(run: Run, inputs: list[Tensor], leaves: list[Tensor]) -> None:
-    """Run a program once for nothing: operators that AOTInductor can't call fail here, where the way back is open."""
-    before = tree.clone_tensors(leaves)
-    try:
-        with preserved_generators():
-            run(list(inputs))
-    except RuntimeError as error:
-        line = str(error).partition("\n")[0]
-        raise Untraceable(
-            f"AOTInductor can't run it ({line:.200}); an operator may lack what it calls, as an LSTM on the CPU does"
-        ) from error
-    finally:
-        with torch.no_grad():
-            for leaf, value in zip(leaves, before, strict=True):
-                leaf.copy_(value)
-
-
-def _fingerprint(graph: "GraphModule", inputs: list[Tensor]) -> str:
-    """What a program depends on: the graph and its layouts, torch, number of threads, and the processor."""
-    codes = [module.code for module in graph.modules() if isinstance(getattr(module, "code", None), str)]
-    devices = {tensor.device for tensor in inputs if tensor.device.type == "cuda"}
-    machine = [platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
-    machine += [str(torch.cuda.get_device_properties(device)) for device in devices]
-    text = repr((codes, flatten(inputs, []), torch.__version__, sorted(_OPTIONS.items()), machine))
-    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+        warnings.warn(f"compile_step: {type(self.settings.model).__name__} {text}", stacklevel=4)

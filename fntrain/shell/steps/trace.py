@@ -2,11 +2,8 @@
 
 import re
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
-from functools import reduce
-from operator import add
 from typing import Any, cast
 
 import attrs
@@ -21,13 +18,19 @@ from torch.overrides import TorchFunctionMode
 from fntrain import events
 from fntrain.core import tree
 from fntrain.core.rng import other_states, preserved_generators
-from fntrain.shell.steps.flat import Rates, Unsettled, Untraceable, filler
+from fntrain.core.state import TrainState
+from fntrain.shell.steps.flat import RateVector, Unsettled, Untraceable, filler, traceable
+from fntrain.shell.steps.numbers import DECOMPOSED, TensorsForNumbers
 from fntrain.steps.batch import Batch
-from fntrain.steps.optim import BoundOptimizer
-from fntrain.steps.supervised import GRAD_NORM, LR, SKIPPED, SupervisedStep, _report
+from fntrain.steps.body import Body
+from fntrain.steps.module import Slots
+from fntrain.steps.rates import Rates
 
+_NO_STATE = TrainState(step=0, position=0, seed=0, params={})  # a traced step reads nothing of it
 _ABSENT = object()
-_INNER = re.compile(r"[\\/]torch[\\/](?!optim)|[\\/]shell[\\/]trace\.py$")  # frames that tell a reader nothing
+_INNER = re.compile(
+    r"[\\/]torch[\\/](?!optim)|[\\/]fntrain[\\/](shell|steps)[\\/]"
+)  # frames that tell a reader nothing
 
 
 @attrs.frozen(eq=False)
@@ -45,82 +48,78 @@ class Traced:
     media: list[tuple[str, int, type]]
     healthy: int | None
 
+    def reported(self, results: list[Tensor]) -> dict[str, Any]:
+        """Return the metrics of a step by the results of its program."""
+        metrics = self.metrics.copy()
+        for name, index in self.tensors:
+            metrics[name] = results[index]
+        for name, index, kind in self.media:
+            metrics[name] = kind(results[index])
+        return metrics
 
-def trace(step_fn: SupervisedStep, rates: Rates, trees: tuple[Any, ...], batch: Batch, flat: list[Tensor]) -> Traced:
+
+def trace(body: Body, rates: RateVector, trees: tuple[Any, ...], batch: Batch, flat: list[Tensor]) -> Traced:
     """Record the step on fake tensors; `flat` is the vector of rates, then the leaves of the trees and of the batch."""
     found: dict[str, Any] = {}
 
     def run(vector: Tensor, *inputs: Tensor) -> list[Tensor]:
         values = iter(inputs)
         fake = [filler(one)(values) for one in trees]
-        outputs, notes = _step(step_fn, rates.lent(step_fn.bound, vector), vector, fake, filler(batch)(values))
+        outputs, notes = _step(body, rates.read(vector), vector, fake, filler(batch)(values))
         found.update(notes)
         return outputs
 
     generators = other_states()
-    with preserved_generators(), _untouched(step_fn.model), _compiling(), _RefuseWrites(), _rng_states_read() as read:
-        graph = make_fx(run, _DECOMPOSED, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
+    model = body.settings.model
+    with preserved_generators(), _untouched(model), _compiling(), _RefuseWrites(), _rng_states_read() as read:
+        graph = make_fx(run, DECOMPOSED, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
         if other_states() != generators:
             raise Untraceable("it draws from Python's or NumPy's generator, which a program can't")
         if read and any(_draws(node) for node in graph.graph.nodes):
             raise Untraceable(
                 "it draws, and saves a generator's state to draw again (torch.utils.checkpoint does): a program can't"
             )
-    constants = _lift_constants(graph, step_fn)
+    constants = _lift_constants(graph, body.slots)
     return Traced(graph, constants, **found)
 
 
 def _step(
-    step_fn: SupervisedStep, bound: BoundOptimizer, vector: Tensor, trees: list[Any], batch: Batch
+    body: Body, rates: Rates, vector: Tensor, trees: list[Any], batch: Batch
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """One step on traced tensors, without a decision on the host: its results, and what `Traced` says of them."""
-    slots = step_fn.slots
     params = {
-        name: nn.Parameter(trees[0][name].clone(), param.requires_grad and name not in bound.frozen)
-        for name, param in slots.params.items()
+        name: nn.Parameter(trees[0][name].clone(), param.requires_grad and name not in body.bound.frozen)
+        for name, param in body.slots.params.items()
     }
     buffers = tree.map_tensors(Tensor.clone, trees[1])
-    shadow = copy(step_fn)
-    object.__setattr__(shadow, "slots", attrs.evolve(slots, params=params))
-    object.__setattr__(shadow, "bound", bound)
-    _place(step_fn, params, buffers)
-    parts, _ = shadow._backward(batch, next(iter(params.values())).device)
-    leaves = shadow._reduced_leaves(parts)
-    metrics = _report(parts, None)
-    metrics[LR] = None
-    norm = shadow._norm(leaves)
-    if norm is not None:
-        metrics[GRAD_NORM] = norm
-    healthy = reduce(add, [part.counts for part, _ in parts]) != 0
-    if step_fn.on_nonfinite != "allow":
-        healthy = (
-            torch.isfinite(metrics["loss"])
-            & healthy
-            & (True if norm is None else torch.isfinite(torch.as_tensor(norm)))
-        )
-        metrics[SKIPPED] = (~healthy).float()
-    shadow._clip(leaves, norm)
-    with _TensorsForNumbers([(key, fn(0)) for group in bound.scheduled for key, fn in group.items()]):
-        opt_state = bound.apply_(params, tree.map_tensors(Tensor.clone, trees[2]), 0)
-    idle = {name for name, param in params.items() if name not in leaves and param._version == 0}
-    new = ({name: param.detach() for name, param in params.items()}, _assigned(step_fn, buffers), opt_state)
+    _place(body, params, buffers)
+    traced = attrs.evolve(body, slots=attrs.evolve(body.slots, params=params), bound=traceable(body.bound))
+    work = traced.gradients(_NO_STATE, batch, rates)
+    with TensorsForNumbers([item for group in rates.groups for item in group.items()]):
+        opt_state = traced.bound.apply_(params, tree.map_tensors(Tensor.clone, trees[2]), rates)
+    idle = {name for name, param in params.items() if name not in work.leaves and param._version == 0}
+    new = ({name: param.detach() for name, param in params.items()}, _assigned(body.slots, buffers), opt_state)
+    _write(trees, new, work.healthy, idle)
+    return _results(work.changes["metrics"], work.healthy, vector)
+
+
+def _results(metrics: dict[str, Any], healthy: bool | Tensor, vector: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
+    """The tensors that a step reports, each once, and where each metric is among them."""
     outputs = _Outputs()
-    _write(trees, new, healthy, idle)
     # Inductor takes copies for needless, even of what is written over: a report on a parameter would show the new one.
     true = vector[0] == vector[0]
-    for name, value in metrics.items():
-        if isinstance(value, Tensor):
-            metrics[name] = torch.where(true, value, torch.zeros_like(value))
-    tensors = [(name, outputs.index(value)) for name, value in metrics.items() if isinstance(value, Tensor)]
-    media = [
-        (name, outputs.index(value.tensor), type(value))
+    reported = {
+        name: torch.where(true, value, torch.zeros_like(value)) if isinstance(value, Tensor) else value
         for name, value in metrics.items()
-        if isinstance(value, events.Image | events.Histogram)
-    ]
+    }
     notes = {
-        "metrics": {name: None if _holds_tensor(value) else value for name, value in metrics.items()},
-        "tensors": tensors,
-        "media": media,
+        "metrics": {name: None if _holds_tensor(value) else value for name, value in reported.items()},
+        "tensors": [(name, outputs.index(one)) for name, one in reported.items() if isinstance(one, Tensor)],
+        "media": [
+            (name, outputs.index(one.tensor), type(one))
+            for name, one in reported.items()
+            if isinstance(one, events.Image | events.Histogram)
+        ],
         "healthy": outputs.index(healthy) if isinstance(healthy, Tensor) else None,
     }
     return outputs.tensors, notes
@@ -167,22 +166,22 @@ class _Outputs:
         return len(self.tensors) - 1
 
 
-def _place(step_fn: SupervisedStep, params: dict[str, nn.Parameter], buffers: dict[str, Tensor]) -> None:
+def _place(body: Body, params: dict[str, nn.Parameter], buffers: dict[str, Tensor]) -> None:
     """Put traced tensors into the module's slots; writing `param.data`, as an eager step does, can't be traced."""
-    mine = {id(param): params[name] for name, param in step_fn.slots.params.items()}
-    for module in step_fn.model.modules():
+    mine = {id(param): params[name] for name, param in body.slots.params.items()}
+    for module in body.settings.model.modules():
         for key, param in list(module._parameters.items()):
             if param is not None:
                 setattr(module, key, mine[id(param)])  # by setattr: an LSTM keeps a list of its weights
-    for name, owner, key in step_fn.slots.places:
+    for name, owner, key in body.slots.places:
         if (buffer := owner[key]) is not None:
             owner[key] = buffers[name] if name is not None else buffer.clone()
 
 
-def _assigned(step_fn: SupervisedStep, lent: dict[str, Tensor]) -> dict[str, Tensor]:
+def _assigned(slots: Slots, lent: dict[str, Tensor]) -> dict[str, Tensor]:
     """The persistent buffers after the forward: those lent and written to, or what was assigned in their place."""
     buffers = dict(lent)
-    for name, owner, key in step_fn.slots.places:
+    for name, owner, key in slots.places:
         value = owner[key]
         if name is not None and (value is None) == (name in lent):
             raise Untraceable(f"buffer {name!r} turns from a tensor to None or back in a step")
@@ -264,61 +263,8 @@ def _draws(node: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
-class _TensorsForNumbers(TorchFunctionMode):
-    """Let an optimizer's step compute with the scheduled numbers, and with its step counter, as tensors.
-
-    `param.add_(grad, alpha=-lr)` and its like multiply; `if weight_decay != 0` takes the branch, which is right for 0
-    too (other numbers can't be asked); and `1 - beta ** step` is taken in float64, as by the host: float32 would lose 4
-    of its digits.
-    """
-
-    def __init__(self, rates: Sequence[tuple[str, Tensor]]) -> None:
-        super().__init__()
-        self.rates = {id(rate): name for name, rate in rates}
-        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = func.__name__, dict(kwargs or {})
-        if name == "ne" and id(args[0]) in self.rates and not isinstance(args[1], Tensor) and args[1] == 0:
-            if self.rates[id(args[0])] != "weight_decay":
-                raise Untraceable(f"the update takes another way where {self.rates[id(args[0])]} is 0")
-            return True
-        if name == "__rpow__" and args[0].dim() == 0:
-            args = (args[0].double(), *args[1:])
-        if any(isinstance(arg, Tensor) and arg.dim() for arg in args):
-            args = tuple([self._stored(arg) for arg in args])
-        key, rewrite = _SCALED.get(name.removesuffix("_"), ("", None))
-        if rewrite is None or not isinstance(kwargs.get(key), Tensor):
-            return func(*args, **kwargs)
-        number = self._stored(kwargs.pop(key))
-        method = "sub" if name.startswith("sub") else "add"
-        return getattr(Tensor, method + "_" * name.endswith("_"))(args[0], rewrite(number, *args[1:]), **kwargs)
-
-    def _stored(self, arg: Any) -> Any:
-        """A number on its way into a large tensor, kept in memory: it would be computed anew for each element."""
-        if not isinstance(arg, Tensor) or arg.dim():
-            return arg
-        return self.stored.setdefault(id(arg), (arg, torch.as_strided(arg, (1,), (1,)).reshape(())))[1]
-
-
-_SCALED: dict[str, tuple[str, Callable[..., Tensor]]] = {
-    "add": ("alpha", torch.mul),
-    "sub": ("alpha", torch.mul),
-    "addcmul": ("value", lambda number, a, b: number * a * b),
-    "addcdiv": ("value", lambda number, a, b: number * a / b),
-}
-
-
-def _vector_norms(tensors: list[Tensor], order: float = 2, dtype: torch.dtype | None = None) -> list[Tensor]:
-    return [torch.linalg.vector_norm(tensor, order, dtype=dtype) for tensor in tensors]
-
-
-_DECOMPOSED = {torch.ops.aten._foreach_norm.Scalar: _vector_norms}  # AOTInductor has it as a slow call-back only
-
-
-def _lift_constants(graph: GraphModule, step_fn: SupervisedStep) -> list[Tensor]:
+def _lift_constants(graph: GraphModule, slots: Slots) -> list[Tensor]:
     """Make what the graph holds inputs of it, so that tensors changed in place outside are read anew."""
-    slots = step_fn.slots
     own = {tensor.untyped_storage().data_ptr() for tensor in (*slots.params.values(), *slots.buffers.values())}
     constants: dict[str, Tensor] = {}
     nodes: dict[str, Any] = {}
@@ -346,7 +292,8 @@ def _lift_constants(graph: GraphModule, step_fn: SupervisedStep) -> list[Tensor]
 def reason(error: Exception) -> str:
     """Why a trace failed, in a clause."""
     if isinstance(error, GuardOnDataDependentSymNode | DataDependentOutputException):
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _INNER.search(frame.filename)]
+        every = traceback.extract_tb(error.__traceback__)
+        frames = [frame for frame in every if not _INNER.search(frame.filename)] or every
         place = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}"
         return f"it decides by the value of a tensor (if, .item(), min) at {place}"
     line = (str(error).strip().splitlines() or [""])[0]

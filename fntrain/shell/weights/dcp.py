@@ -21,7 +21,7 @@ from fntrain.core.state import TrainState, named_leaves
 from fntrain.shell.checkpoints.manifest import Contents, decoded
 
 _GROUPS = {"params": "model", "buffers": "model", "opt_state": "optimizer"}
-_STRUCTURE = "fntrain.core.state"  # a tensor of bytes: JSON of all that is no tensor
+_STRUCTURE = "fntrain.state"  # a tensor of bytes: JSON of all that is no tensor
 
 
 def to_dcp(state: TrainState, path: str | os.PathLike[str]) -> Path:

@@ -229,13 +229,13 @@ def test_the_optimizers_state_of_a_checkpoint_is_put_where_the_optimizer_wants_i
     step = ft.shell.in_place(ft.supervised_step(model, square_loss, adam()))
     start = ft.init_state(model, adam())
     resumed = ft.resume_or(start, tmp_path) if read == "resume_or" else ft.load(path, into=start)
-    asked, placed = [], type(step.step.bound).placed
+    asked, placed = [], type(step.step.body.bound).placed
 
     def noted(bound, opt_state, params):
         asked.append(sorted(opt_state))
         return placed(bound, opt_state, params)
 
-    monkeypatch.setattr(type(step.step.bound), "placed", noted)
+    monkeypatch.setattr(type(step.step.body.bound), "placed", noted)
     later = step(resumed, data[1])
     assert asked == [sorted(later.params)]
     step(later, data[2])

@@ -154,7 +154,7 @@ def shared_buffers(size):
     made += [torch.full((2,), 1j * (rank + 1)).conj()]
     made += [torch.arange(12.0).add(100 * rank).view(3, 4).t(), torch.empty(0, 2)]
     if dist.is_initialized():
-        exchange.Exchanging(ft.shell.ranks()).share(made[:size])
+        exchange.Exchanging(ft.shell.ranks()).broadcast(made[:size])
     return [one.resolve_conj() for one in made[:size]]
 
 

@@ -13,7 +13,7 @@ import torch
 from test_ranks_stop import ask
 
 import fntrain as ft
-from fntrain.shell.steps.graphs import CudaStep
+from fntrain.shell.steps.graphs import Graphs
 
 GPU = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 NCCL = [*GPU, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each of 2 ranks")]
@@ -62,7 +62,7 @@ def trained(device, strategy="ddp", hooks=(), poisoned=None, max_steps=STEPS, op
 
     step_fn, state, data = parts(device, loss_fn=loss_fn, **kwargs)
     step_fn = ft.shell.distribute(step_fn, strategy, **(options or {}))
-    assert isinstance(step_fn, CudaStep) == (device == "cuda")
+    assert isinstance(step_fn.execution, Graphs) == (device == "cuda")
     watch = ft.hook(before_step=before, after_step=after)
     return whole(ft.fit(step_fn, [watch, *hooks], state=state, data=data, max_steps=max_steps)), skipped
 

@@ -60,11 +60,11 @@ def unshared():
     """A twin that leaves buffers as each rank has them."""
     from fntrain.shell.distributed.distribute import Replicas
 
-    right, Replicas.share = Replicas.share, lambda self, buffers: None
+    right, Replicas.broadcast_buffers = Replicas.broadcast_buffers, lambda self, slots: None
     try:
         return noted()
     finally:
-        Replicas.share = right
+        Replicas.broadcast_buffers = right
 
 
 def test_the_law_of_buffers_can_fail(ranks):
@@ -365,12 +365,11 @@ def test_buffers_that_a_forward_assigns_are_shared_too(ranks):
 
 
 def misused():
-    """The pure form, a second one on the model, and one given to distribute again."""
-    step_fn, state, data = jobs.parts()
+    """A second one on the model, one given to distribute again, and options that can't be."""
+    step_fn, _, _ = jobs.parts()
     made = ft.shell.distribute(step_fn)
     told = []
     for call in (
-        lambda: made.step(state, next(data.at(0))),
         lambda: ft.shell.distribute(step_fn),
         lambda: ft.shell.distribute(made),
         lambda: ft.shell.distribute(print),
@@ -390,7 +389,6 @@ def test_misuse_is_refused_on_all_ranks(ranks):
     """And says what to do."""
     for found in ranks(2)(misused):
         expected = [
-            "TypeError: step_fn: the pure form of a distributed step would not synchronise",
             "ValueError: step_fn: another step runs in place on this Net",
             "TypeError: step_fn: got in_place(SupervisedStep(",
             "TypeError: step_fn: got print, expected what ft.supervised_step returned",

@@ -139,7 +139,7 @@ def messages(dtype, **options):
         state = step_fn(state, next(batches))
     with Messages() as counted:
         step_fn(state, next(batches))
-    return counted.found, sum(param.nbytes for param in step_fn.step.slots.params.values())
+    return counted.found, sum(param.nbytes for param in step_fn.memory.body.slots.params.values())
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.float64, 8)])

@@ -13,8 +13,12 @@ import fntrain as ft
 from fntrain import testing
 from fntrain.core import tree
 from fntrain.core.tree import named_leaves
-from fntrain.shell.steps.graphs import WARMUP, CudaStep
+from fntrain.shell.steps.captured import Inputs
+from fntrain.shell.steps.graphs import WARMUP, Graphs
+from fntrain.shell.steps.in_place import Donated
+from fntrain.shell.steps.memory import Memory
 from fntrain.steps import grads
+from fntrain.steps.rates import Rates
 
 CPU = torch.device("cpu")
 
@@ -41,8 +45,8 @@ class RecordingEngine:
 
     device = CPU
 
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, memory):
+        self.memory = memory
         self.captures = 0
 
     def side_stream(self):
@@ -53,11 +57,11 @@ class RecordingEngine:
 
     def capture(self, fn):
         self.captures += 1
-        slots = self.step.step.slots
+        slots = self.memory.body.slots
         live = [
             *slots.params.values(),
-            *self.step.step.model.buffers(),
-            *(leaf for _, leaf in named_leaves(self.step.opt_state) if isinstance(leaf, torch.Tensor)),
+            *self.memory.body.settings.model.buffers(),
+            *(leaf for _, leaf in named_leaves(self.memory.opt_state) if isinstance(leaf, torch.Tensor)),
         ]
         before = [tensor.detach().clone() for tensor in live]
         recorder = Recorder()
@@ -143,9 +147,9 @@ def job(cls=torch.optim.AdamW, loss=loss_fn, lr=None, options=None, **kwargs):
 
 
 def recorded(step_fn, **kwargs):
-    inner = ft.shell.in_place(step_fn)
-    engine = RecordingEngine(inner)
-    return CudaStep(inner, engine, kwargs.pop("graph", "auto"), **kwargs), engine
+    memory = Memory(step_fn.body)
+    engine = RecordingEngine(memory)
+    return Donated(memory, Graphs(engine, kwargs.pop("graph", "auto"), **kwargs), step_fn), engine
 
 
 def run(step_fn, state, data):
@@ -191,7 +195,7 @@ def test_a_replayed_step_is_the_eager_one(kwargs, as_on_a_device):
         for name in ("loss", "accuracy"):
             torch.testing.assert_close(got.metrics[name], want.metrics[name], rtol=1e-4, atol=1e-5, equal_nan=True)
     assert engine.captures == 1
-    assert next(iter(graphed.graphs.values())).fused is not None
+    assert next(iter(graphed.execution.graphs.values())).fused is not None
 
 
 @pytest.mark.parametrize(
@@ -208,7 +212,7 @@ def test_other_optimizers_run_after_the_graph_bitwise(cls, options, as_on_a_devi
     for got, want in zip(run(graphed, state, data), expected, strict=True):
         testing.assert_states_equal(got, want)
     assert engine.captures == 1
-    assert next(iter(graphed.graphs.values())).fused is None
+    assert next(iter(graphed.execution.graphs.values())).fused is None
 
 
 def test_the_replay_law_fails_where_the_rate_is_frozen(as_on_a_device, monkeypatch):
@@ -218,7 +222,9 @@ def test_the_replay_law_fails_where_the_rate_is_frozen(as_on_a_device, monkeypat
     expected = run(ft.shell.in_place(step_fn), state, data)
     step_fn, state = job()
     graphed, _ = recorded(step_fn)
-    monkeypatch.setattr("fntrain.shell.steps.kernels.FusedAdam.lrs", lambda self, step: [1e-3] * len(self.groups))
+    fill = Inputs.fill
+    frozen = Rates(1e-3, ({"lr": 1e-3},))
+    monkeypatch.setattr(Inputs, "fill", lambda self, state, batch, rates: fill(self, state, batch, frozen))
     with pytest.raises(AssertionError):
         close(run(graphed, state, data)[-1], expected[-1])
 
@@ -231,7 +237,7 @@ def test_the_replay_law_fails_without_seeding(as_on_a_device, monkeypatch):
     step_fn, state = job()
     graphed, _ = recorded(step_fn)
     states = run(graphed, state, data[:WARMUP])
-    monkeypatch.setattr(type(step_fn), "seed", lambda self, state: None)
+    monkeypatch.setattr(type(step_fn.body), "seed", lambda self, state: None)
     with pytest.raises(AssertionError):
         close(run(graphed, states[-1], data[WARMUP:])[-1], expected[-1])
 
@@ -243,10 +249,10 @@ def test_warm_up_and_capture_leave_no_trace(as_on_a_device):
     graphed, engine = recorded(step_fn)
     states = run(graphed, state, data[:WARMUP])
     before = ft.digest(states[-1])
-    live = graphed.eager
-    graphed.graphs["probe"] = graphed._capture(states[-1], data[0], graphed.warm[next(iter(graphed.warm))])
+    live, graphs = graphed.memory, graphed.execution
+    graphs.graphs["probe"] = graphs._capture(live, states[-1], data[0], graphs.warm[next(iter(graphs.warm))])
     assert engine.captures == 1
-    slots = live.step.slots
+    slots = live.body.slots
     now = states[-1].replace(
         params={n: p.detach() for n, p in slots.params.items()}, buffers=slots.buffers, opt_state=live.opt_state
     )
@@ -276,7 +282,7 @@ def test_shapes_without_end_are_not_remembered(as_on_a_device):
     step_fn, state = job()
     graphed, _ = recorded(step_fn, max_graphs=1)
     run(graphed, state, [batches(1, size)[0] for size in range(2, 40)])
-    assert len(graphed.warm) <= 8
+    assert len(graphed.execution.warm) <= 8
 
 
 def syncing(model, batch):
@@ -321,7 +327,7 @@ def test_what_cannot_be_captured_runs_eagerly_or_says_why(name, as_on_a_device, 
     step_fn, state = job(**kwargs)
     graphed, _ = recorded(step_fn, graph="always")
     states = run(graphed, state, data[:WARMUP])
-    now = graphed.eager.advanced(states[-1], {}).replace(step=WARMUP, position=WARMUP)
+    now = graphed.memory.advanced(states[-1], {}).replace(step=WARMUP, position=WARMUP)
     with pytest.raises(ft.GraphError, match=message):
         graphed(now, data[WARMUP])
     testing.assert_states_equal(ft.snapshot(now), states[-1])
@@ -334,7 +340,9 @@ def test_a_forward_that_moves_parameters_is_not_captured(as_on_a_device):
     optimizer = ft.optimizer(torch.optim.AdamW, lr=1e-3, fused=True)
     graphed, _ = recorded(ft.supervised_step(model, loss_fn, optimizer))
     run(graphed, ft.init_state(model, optimizer), batches(WARMUP + 3))
-    assert list(graphed.refused.values()) == ["the forward puts other tensors in the place of parameters or buffers"]
+    assert list(graphed.execution.refused.values()) == [
+        "the forward puts other tensors in the place of parameters or buffers"
+    ]
     assert torch.isfinite(model.last.weight).all()
 
 
@@ -401,7 +409,7 @@ def test_a_model_that_another_step_runs_on_is_refused_before_it_is_moved(monkeyp
         ft.shell.cuda_step(step_fn)
     assert moved == []
     del first
-    assert isinstance(ft.shell.cuda_step(step_fn), CudaStep)
+    assert isinstance(ft.shell.cuda_step(step_fn).execution, Graphs)
     assert len(moved) == 1
 
 
@@ -461,7 +469,7 @@ def test_gpu_a_replayed_step_is_the_eager_one(kwargs):
     graphed, state = on_gpu("always", **kwargs)
     for got, want in zip(run(graphed, state, data), expected, strict=True):
         close(got, want)
-    assert len(graphed.graphs) == 1
+    assert len(graphed.execution.graphs) == 1
 
 
 @pytest.mark.gpu
@@ -537,7 +545,7 @@ def test_gpu_graphs_of_several_shapes_share_memory():
     expected = run(eager, state, data)
     graphed, state = on_gpu("always")
     close(run(graphed, state, data)[-1], expected[-1])
-    assert len(graphed.graphs) == 3
+    assert len(graphed.execution.graphs) == 3
 
 
 @pytest.mark.gpu
@@ -560,7 +568,7 @@ def test_gpu_channels_last_and_compile(compiled):
         losses.append(state.metrics["loss"])
     assert losses[-1] < losses[0]
     assert state.params["0.weight"].is_contiguous(memory_format=torch.channels_last)
-    assert len(step_fn.graphs) == 1
+    assert len(step_fn.execution.graphs) == 1
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ import gc
 import json
 import pickle
 import weakref
+from functools import partial
 
 import broken
 import pytest
@@ -554,15 +555,21 @@ def test_parametrizations_and_recomputation_are_bitwise_the_pure_step(precision)
 @pytest.mark.parametrize(
     ("twin", "between"),
     [
-        (broken.InPlaceThatKeepsBuffers, None),
-        (broken.InPlaceThatIgnoresOtherStates, only("buffers")),
-        (broken.InPlaceThatKeepsGradients, None),
+        (broken.MemoryThatKeepsBuffers, None),
+        (broken.MemoryThatIgnoresOtherStates, only("buffers")),
+        (broken.MemoryThatKeepsGradients, None),
     ],
 )
 def test_the_law_fails_for_steps_that_forget(twin, between):
     """Buffers not put back, states not copied in and gradients left over are found out."""
     with pytest.raises(AssertionError):
-        law(lambda: make("batchnorm"), SGD, poisoned("batchnorm", 5, 1), between=between, make_in_place=twin)
+        law(
+            lambda: make("batchnorm"),
+            SGD,
+            poisoned("batchnorm", 5, 1),
+            between=between,
+            make_in_place=partial(broken.donated, twin),
+        )
 
 
 def test_the_law_fails_for_the_other_kernel(monkeypatch):
@@ -664,7 +671,7 @@ def test_a_step_that_raises_leaves_the_state_whole_or_consumed(where, first, mon
 def test_the_law_of_raising_fails_for_a_step_that_forgets_buffers():
     """What the forward wrote to buffers before it raised is found in the state of a step that does not undo it."""
     model, loss_fn, optimizer, options = raising("loss")
-    twin = broken.InPlaceThatKeepsBuffers(ft.supervised_step(model, loss_fn, optimizer, **options))
+    twin = broken.donated(broken.MemoryThatKeepsBuffers, ft.supervised_step(model, loss_fn, optimizer, **options))
     state = ft.init_state(model, optimizer)
     before = ft.digest(state)
     with pytest.raises(BoomError):
@@ -767,7 +774,7 @@ def test_no_use_for_a_consumed_state(use, consumed, tmp_path):
 def test_the_lease_law_fails_for_a_step_that_keeps_it():
     """A step that hands out bare tensors leaves old states readable, with other values."""
     model = make("mlp")
-    twin = broken.InPlaceThatKeepsItsLease(ft.supervised_step(model, square_loss, ADAMW))
+    twin = broken.donated(broken.MemoryThatKeepsItsLease, ft.supervised_step(model, square_loss, ADAMW))
     batch, *_ = batches("mlp", 1)
     state = twin(ft.init_state(model, ADAMW), batch)
     before = ft.digest(state)
@@ -1053,7 +1060,7 @@ def test_the_kernel_is_called_without_the_class_where_it_can_be(name, groups, ca
     for batch in batches("mlp", 5):
         state = cheap(state, batch)
     assert len(counted) == calls
-    assert isinstance(cheap.fused, FusedAdam) == (calls == 1)
+    assert isinstance(cheap.memory.fused, FusedAdam) == (calls == 1)
 
 
 def test_hooks_on_all_optimizers_see_every_step():
@@ -1342,3 +1349,102 @@ def test_a_layer_put_in_later_is_noticed(wrap):
 
     with pytest.raises(ValueError, match="has other parameters than when the step was made"):
         go_on(state)
+
+
+# A model that is moved.
+
+
+def channels_last(model):
+    model.to(memory_format=torch.channels_last)
+
+
+def other_memory(model):
+    """What `.to(device)` and `.half().float()` do: every parameter and buffer lies elsewhere."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+
+
+def one_parameter(model):
+    param = next(model.parameters())
+    param.data = param.data.clone()
+
+
+def moved_job(move, when, directory, donate):
+    """Train to step 3 and save, then resume with a new model that is moved at some time, and go on to step 6."""
+    model, data = make("channels_last"), batches("channels_last", 6)
+    step_fn = donate(ft.supervised_step(model, square_loss, ADAMW))
+    state = ft.fit(step_fn, state=ft.init_state(model, ADAMW), data=iter(data[:3]), max_steps=3)
+    ft.save(state, directory)
+    del model, step_fn, state
+    torch.manual_seed(9)
+    model = nn.Sequential(*make("channels_last"))
+    for param in model.parameters():
+        nn.init.constant_(param, 0.5)  # first weights that differ from those saved
+    step_fn = ft.supervised_step(model, square_loss, ADAMW)
+    state = ft.init_state(model, ADAMW)
+    if when == "before the step is made":
+        move(model)
+    step_fn = donate(step_fn)
+    if when == "before it is resumed":
+        move(model)
+    state = ft.resume_or(state, directory)
+    if when == "before its first step":
+        move(model)
+    states = []
+    for batch in data[3:]:
+        state = step_fn(state, batch)
+        states.append(ft.digest(state))
+        if when == "between steps" and len(states) == 1:
+            move(model)
+    return states
+
+
+WHEN = ["never", "before the step is made", "before it is resumed", "before its first step", "between steps"]
+
+
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("move", [channels_last, other_memory, one_parameter])
+def test_a_resumed_run_goes_on_whenever_its_model_is_moved(tmp_path, move, when):
+    """A state on lease may lie where the module no longer is: the step goes by addresses, not by the lease."""
+    expected = moved_job(move, "never", tmp_path / "a", lambda step_fn: step_fn)
+    assert moved_job(move, when, tmp_path / "b", ft.shell.in_place) == expected
+
+
+def test_the_law_of_moved_models_fails_for_a_step_that_trusts_leases(tmp_path):
+    """It trains the first weights, with the resumed step and optimizer state, without a word."""
+    twin = partial(broken.donated, broken.MemoryThatTrustsLeases)
+    when = "before the step is made"
+    expected = moved_job(other_memory, "never", tmp_path / "a", ft.shell.in_place)
+    assert moved_job(other_memory, when, tmp_path / "b", twin) != expected
+
+
+def test_writing_to_a_moved_module_changes_no_state():
+    """The state rules: values that somebody put into the module in the place of its own are written over."""
+    cheap, state = start(make("mlp"))
+    twin, expected = start(make("mlp"))
+    first, second = batches("mlp", 2)
+    state, expected = cheap(state, first), twin(expected, first)
+    for param in cheap.step.model.parameters():
+        param.data = torch.zeros_like(param)
+    assert_states_equal(cheap(state, second), twin(expected, second))
+
+
+FORMS = {
+    "in_place": ft.shell.in_place,
+    "in_place(compile=True)": partial(ft.shell.in_place, compile=True),
+    "in_place(debug=True)": partial(ft.shell.in_place, debug=True),
+    "compile_step": ft.shell.compile_step,
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # what torch.compile imports warns of itself
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_call_gives_the_same_step(form):
+    """A line run again in a notebook gives the step that runs on the model already; another form is refused."""
+    step_fn = ft.supervised_step(make("mlp"), square_loss, ADAMW)
+    first = FORMS[form](step_fn)
+    assert FORMS[form](step_fn) is first
+    for name, other in FORMS.items():
+        if name != form:
+            with pytest.raises(ValueError, match="another step runs in place"):
+                other(step_fn)

@@ -16,8 +16,10 @@ from torch import nn
 
 import fntrain as ft
 from fntrain.core import tree
-from fntrain.shell.steps import programs as shell
+from fntrain.shell.steps import compiler, programs
+from fntrain.shell.steps.flat import RateVector
 from fntrain.shell.steps.programs import compile_step
+from fntrain.steps.body import Body
 from fntrain.testing import assert_resume_exact
 
 SCHEDULE = ft.schedules.linear(0.02, 0.001, total_steps=1000)
@@ -37,7 +39,7 @@ def traced(monkeypatch):
         built["programs"] += 1
         return lambda tensors: list(graph(*tensors)), False
 
-    monkeypatch.setattr(shell, "_compiled", compiled)
+    monkeypatch.setattr(programs, "compiled", compiled)
     return built
 
 
@@ -247,8 +249,8 @@ def thousand_steps(step_fn, model):
 
 def frozen_rate(monkeypatch):
     """The broken twin: rates are those of the trace, for ever."""
-    at = shell.Rates.at
-    monkeypatch.setattr(shell.Rates, "at", lambda self, state: at(self, state.replace(step=1)))
+    write, first = RateVector.write, []
+    monkeypatch.setattr(RateVector, "write", lambda self, rates: write(self, (first.append(rates), first[0])[1]))
 
 
 @pytest.mark.parametrize("twin", [None, frozen_rate])
@@ -351,7 +353,7 @@ def test_the_law_of_draws_fails_without_seeds(traced, monkeypatch):
     """A program that draws from whatever the generator holds is noticed."""
     eager, compiled = both(lambda: make("mlp"), noisy_loss, ADAMW, batches("mlp", 5))
     assert_alike(eager[-1], compiled[-1], **FLOAT32)
-    monkeypatch.setattr(ft.SupervisedStep, "seed", lambda self, state: None)
+    monkeypatch.setattr(Body, "seed", lambda self, state: None)
     _, compiled = both(lambda: make("mlp"), noisy_loss, ADAMW, batches("mlp", 5))
     with pytest.raises(AssertionError):
         assert_alike(eager[-1], compiled[-1], **FLOAT32)
@@ -408,7 +410,7 @@ def test_a_program_that_cannot_run_is_not_used(monkeypatch):
     def run(tensors):
         raise RuntimeError("isIntList() INTERNAL ASSERT FAILED\nmore")
 
-    monkeypatch.setattr(shell, "_compiled", lambda graph, inputs, directory: (run, False))
+    monkeypatch.setattr(programs, "compiled", lambda graph, inputs, directory: (run, False))
     with pytest.warns(UserWarning, match=r"AOTInductor can't run it \(isIntList\(\) INTERNAL ASSERT FAILED\)"):
         eager, compiled = both(lambda: make("lstm"), square_loss, SGD, batches("lstm", 3))
     assert compiled[-1] == eager[-1]
@@ -472,13 +474,13 @@ def test_a_damaged_program_is_compiled_anew(monkeypatch, tmp_path, damage):
     def compile_anew(graph, inputs, directory, name):
         file = directory / "temporary"
         file.write_bytes(content)
-        return file.replace(directory / f"{name}-{shell._checksum(file)}.pt2")
+        return file.replace(directory / f"{name}-{compiler._checksum(file)}.pt2")
 
-    load = shell._load
-    monkeypatch.setattr(shell, "_compile", compile_anew)
-    monkeypatch.setattr(shell, "_load", lambda file: "program")
-    assert shell._compiled(graph, [], tmp_path) == ("program", False)
-    assert shell._compiled(graph, [], tmp_path) == ("program", True)
+    load = compiler._load
+    monkeypatch.setattr(compiler, "_compile", compile_anew)
+    monkeypatch.setattr(compiler, "_load", lambda file: "program")
+    assert compiler.compiled(graph, [], tmp_path) == ("program", False)
+    assert compiler.compiled(graph, [], tmp_path) == ("program", True)
     (file,) = tmp_path.iterdir()
     if damage == "cut":
         file.write_bytes(content[:-3])
@@ -486,9 +488,9 @@ def test_a_damaged_program_is_compiled_anew(monkeypatch, tmp_path, damage):
         file.write_bytes(content.replace(b"program", b"progrbm"))
     if damage == "no program":
         calls = iter([load, lambda file: "program"])
-        monkeypatch.setattr(shell, "_load", lambda file: next(calls)(file))
+        monkeypatch.setattr(compiler, "_load", lambda file: next(calls)(file))
     with pytest.warns(UserWarning, match=rf"{file.name} is damaged \(.*\); it is compiled anew"):
-        assert shell._compiled(graph, [], tmp_path) == ("program", False)
+        assert compiler.compiled(graph, [], tmp_path) == ("program", False)
     assert [one.read_bytes() for one in tmp_path.iterdir()] == [content]
 
 

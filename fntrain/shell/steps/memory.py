@@ -1,0 +1,264 @@
+"""Memory: the tensors of one module, on which a step runs in place, and the states that share them.
+
+A donated step is a memory and an execution. The execution (eager, graphs, programs) computes; everything else is said
+here once: what of a state has to be copied in, what a step that fails has to put back, the update, the next state.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fntrain.core import tree
+from fntrain.core.lease import FIELDS, Home, Leased
+from fntrain.core.state import TrainState
+from fntrain.core.tree import PyTree
+from fntrain.shell.steps.kernels import FusedAdam
+from fntrain.shell.steps.writing import Writing, storages
+from fntrain.steps.body import Body, Gradients
+from fntrain.steps.module import copy_in, is_dense, same_memory
+from fntrain.steps.outcome import can_choose, choose
+from fntrain.steps.rates import Rates
+
+_log = logging.getLogger("fntrain")
+
+
+class Memory:
+    """Parameters, buffers and optimizer state of the states that a donated step hands out.
+
+    `updated` names the parameters that have had an update, so that their optimizer state is there. `moves` counts how
+    often a parameter or a buffer got other memory: what was captured or compiled before that is stale.
+    """
+
+    def __init__(self, body: Body) -> None:
+        check_free(body)
+        self.body = body
+        self.home = Home.of(body.slots.params)
+        self.modules = tuple(body.settings.model.modules())
+        self._separate()
+        self.params = {name: param.detach() for name, param in body.slots.params.items()}
+        self.buffers = {name: buffer.detach() for name, buffer in body.slots.buffers.items()}
+        self.opt_state: dict[str, Any] = {}
+        self.updated: set[str] = set()
+        self.moves = 0
+        self.fused: FusedAdam | None = None
+        self._storages: set[int] | None = None  # addresses of what is written to; None: to be found anew
+        self._warned = False  # that the host waits for each decision
+
+    def _separate(self) -> None:
+        """Copy what can't be written to as it lies: strided or expanded tensors, buffers that are views of another."""
+        seen: dict[int, int] = {}  # storage -> the tensor that keeps it
+        slots = self.body.slots
+        for tensor in [*slots.params.values(), *(owner[key] for _, owner, key in slots.places)]:
+            if tensor is None or not tensor.numel() or tensor.layout is not torch.strided:
+                continue
+            keeper = seen.setdefault(tensor.untyped_storage().data_ptr(), id(tensor))
+            if not is_dense(tensor) or (keeper != id(tensor) and not isinstance(tensor, nn.Parameter)):
+                tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+
+    # What the memory of ranks that hold parts of tensors says otherwise.
+
+    def shown(self, field: str) -> dict[str, Any]:
+        """Return the mapping that states hold for a field: here the tensors as they are."""
+        mapping: dict[str, Any] = getattr(self, field)
+        return mapping
+
+    def own_part(self, name: str, value: PyTree) -> PyTree:
+        """Return what of a state's entry belongs into this memory: here all of it."""
+        del name
+        return value
+
+    # Taking a state over.
+
+    def adopt(self, state: TrainState) -> TrainState:
+        """Copy in what of a state lies elsewhere; returns the state with nothing of it elsewhere.
+
+        It goes by addresses. That a state is on lease does not tell whether the module has been moved since (`.to`).
+
+        Raises:
+          StateConsumedError: a part of the state was overwritten; nothing is written then.
+          ValueError: names or shapes of the state are not the module's.
+        """
+        if self.moved_params() or not all(self._holds(state, field) for field in FIELDS):
+            state = self._copied_in(state)
+        return self._without_aliases(state) if state.hooks or state.extra else state
+
+    def _holds(self, state: TrainState, field: str) -> bool:
+        """Whether a state's mapping is the one handed out last, and nobody has written to its tensors since."""
+        mapping = getattr(state, field)
+        return self.home.leased(mapping, field) and mapping.tensors is self.shown(field)
+
+    def _copied_in(self, state: TrainState) -> TrainState:
+        reason, slots = f"step {state.step + 1} (begun from another state)", self.body.slots
+        keeps_opt_state = self._holds(state, "opt_state") and not self.moved_params()
+        state = self._apart(state.replace(**{field: self._local(state, field) for field in FIELDS}))
+        torch.clear_autocast_cache()  # a caller's autocast would go on with casts of what the module held before
+        slots.check(state)
+        self.follow_params()
+        self.buffers = {name: buffer.detach() for name, buffer in slots.buffers.items()}
+        copy_in(slots, state, reason)
+        self._storages = None
+        if not keeps_opt_state:
+            self._take_opt_state(state.opt_state, reason)
+        return self.advanced(state, {}).replace(step=state.step, position=state.position)
+
+    def _local(self, state: TrainState, field: str) -> Mapping[str, Any]:
+        """What of a field belongs into this memory, on lease if the field is; what is consumed raises."""
+        mapping = getattr(state, field)
+        mine = {name: self.own_part(name, value) for name, value in mapping.items()}
+        return Leased(mine, self.home, field, state.step) if self.home.leased(mapping, field) else mine
+
+    def _apart(self, state: TrainState) -> TrainState:
+        """The state, its tensors copied where they lie in memory of this step that is about to be overwritten."""
+        own: dict[str, Any] = {"params": self.body.slots.params, "buffers": self.body.slots.buffers}
+        own["opt_state"] = {} if self.home.leased(state.opt_state, "opt_state") else self.opt_state
+        memory = storages(own)
+        changes = {}
+        for field, tensors in own.items():
+            theirs = getattr(state, field)
+            moved = {n: t for n, t in theirs.items() if memory & storages(t) and not _is(t, tensors.get(n))}
+            if moved:
+                changes[field] = {**theirs, **tree.clone(moved)}
+        return state.replace(**changes)
+
+    def _take_opt_state(self, theirs: Mapping[str, Any], reason: str) -> None:
+        """Take optimizer state over: tensors that are on lease as they are, others by copy."""
+        placed = dict(self.body.bound.placed(theirs, self.body.slots.params))
+        leased = self.home.leased(theirs, "opt_state")
+        if not leased:
+            self.home.end(reason, "opt_state")
+        if leased or not tree.copy_into(self.opt_state, placed):
+            self.opt_state, self.fused = placed if leased else tree.clone(placed), None
+        self.updated = set(self.opt_state)
+
+    def _without_aliases(self, state: TrainState) -> TrainState:
+        """The state; what hooks or the user keep in it of this memory is copied before that is written to."""
+        kept = {"hooks": state.hooks, "extra": state.extra}
+        if not (tensors := tree.tensors(kept)):
+            return state
+        if self._storages is None:
+            self._storages = storages([self.params, self.buffers, self.opt_state])
+        memory = self._storages
+        if memory.isdisjoint(storages(tensors)):
+            return state
+        return state.replace(**tree.map_tensors(lambda t: tree.clone(t) if memory & storages(t) else t, kept))
+
+    # One step.
+
+    def writing(self, *, runs: bool = True) -> Writing:
+        """Begin a step on this memory, see `Writing`; with `runs` False it is recorded only, and nothing is written."""
+        return Writing(self, runs)
+
+    def end_leases(self, state: TrainState, *fields: str) -> None:
+        """Declare the states that share these fields consumed by the step that starts at a state."""
+        self.home.end(f"step {state.step + 1}", *fields)
+
+    def decision(self, work: Gradients) -> bool | Tensor:
+        """Whether to update; the device decides if the update can be made, or not, without the host knowing which."""
+        healthy = work.healthy
+        if not isinstance(healthy, Tensor):
+            return healthy
+        if not work.leaves.keys() <= self.updated:
+            return bool(healthy)  # the first update makes the optimizer's state
+        device = next(iter(work.leaves.values())).device
+        if self._takes_found_inf or can_choose(self.opt_state, self.opt_state, device):
+            return healthy
+        if not self._warned:
+            self._warned = True
+            _log.warning(
+                "in_place: waits for the device at every step, because %s keeps counters on the host; give it "
+                "fused=True or capturable=True if it has them, or the step on_nonfinite='allow'",
+                self.body.settings.optimizer.cls.__name__,
+            )
+        return bool(healthy)
+
+    @property
+    def _takes_found_inf(self) -> bool:
+        return getattr(self.body.bound.template, "_step_supports_amp_scaling", False)
+
+    def update(self, leaves: Mapping[str, Tensor], healthy: bool | Tensor, rates: Rates) -> None:
+        """Update in place; a decision left to the device goes into the optimizer's kernel, or picks afterwards."""
+        if not isinstance(healthy, Tensor):
+            self._apply(leaves, rates, None)
+        elif self._takes_found_inf:
+            self._apply(leaves, rates, (~healthy).float())
+        else:
+            old = tree.clone({"params": {name: self.params[name] for name in leaves}, "opt_state": self.opt_state})
+            self._apply(leaves, rates, None)
+            self._pick(healthy, leaves, old)
+
+    def _apply(self, leaves: Mapping[str, Tensor], rates: Rates, found_inf: Tensor | None) -> None:
+        if self.fused is not None and self.fused.takes(leaves):
+            self.fused(leaves, rates, found_inf)
+            return
+        bound = self.body.bound
+        self.opt_state = dict(bound.apply_(self.body.slots.params, self.opt_state, rates, found_inf))
+        self.follow_params()
+        self.fused = FusedAdam.of(bound, self.params, self.opt_state)
+        self.updated |= leaves.keys()
+        self._storages = None
+
+    def _pick(self, healthy: Tensor, leaves: Iterable[str], old: dict[str, Any]) -> None:
+        """Put the values from before the update back where the device says so."""
+        new = {"params": {name: self.params[name] for name in leaves}, "opt_state": self.opt_state}
+        if can_choose(new, old, healthy.device):
+            old = choose(healthy, new, old)
+        elif bool(healthy):
+            return
+        with torch.no_grad():
+            torch._foreach_copy_(list(new["params"].values()), list(old["params"].values()))
+        self.opt_state, self.fused, self._storages = old["opt_state"], None, None
+
+    def advanced(self, state: TrainState, changes: dict[str, Any]) -> TrainState:
+        """Return the next state: this memory, on lease."""
+        step = state.step + 1
+        return state.advance(
+            params=Leased(self.shown("params"), self.home, "params", step),
+            buffers=Leased(self.shown("buffers"), self.home, "buffers", step),
+            opt_state=Leased(self.shown("opt_state"), self.home, "opt_state", step),
+            **changes,
+        )
+
+    # Where the tensors lie.
+
+    def moved_params(self) -> list[str]:
+        """Return the parameters of the module that no longer lie in this memory."""
+        own = self.params
+        return [name for name, param in self.body.slots.params.items() if param.data_ptr() != own[name].data_ptr()]
+
+    def follow_params(self) -> None:
+        """Take over the memory that a forward, an optimizer or `.to` put in a parameter's place."""
+        for name in self.moved_params():
+            self.params[name], self.fused, self._storages = self.body.slots.params[name].detach(), None, None
+            self.moves += 1
+
+    def set_buffer(self, name: str, buffer: Tensor, *, moved: bool) -> None:
+        """Note that a buffer is another tensor now, and whether it lies elsewhere."""
+        self.buffers[name], self._storages = buffer, None
+        self.moves += moved
+
+    def move(self) -> None:
+        """Give all of it other memory; `in_place(debug=True)` finds by that who still holds some of the old."""
+        for tensor in (*self.body.slots.params.values(), *self.body.slots.buffers.values()):
+            tensor.data = tensor.data.clone()
+        self.follow_params()
+        self.buffers = {name: buffer.detach() for name, buffer in self.body.slots.buffers.items()}
+        self.opt_state, self.fused, self._storages = tree.clone(self.opt_state), None, None
+        self.moves += 1
+
+
+def check_free(body: Body) -> None:
+    """Raise ValueError if a step runs in place on the model already, or on one that shares parameters with it."""
+    if writers := Home.of(body.slots.params).writers:
+        model = type(body.settings.model).__name__
+        raise ValueError(
+            f"step_fn: another step runs in place on this {model}, or on part of it, and two would "
+            "overwrite each other's states; use that one, or `del` it first (after an error in an interactive "
+            f"session, sys.last_traceback may hold it): {writers[0]!r}"
+        )
+
+
+def _is(theirs: Any, own: Any) -> bool:
+    return isinstance(theirs, Tensor) and isinstance(own, Tensor) and same_memory(theirs, own)

@@ -1,0 +1,252 @@
+"""The body of a step: forward, backward and decision, on whatever memory the slots of its module hold.
+
+Every form of a step runs this one body: the pure step on fresh copies that are lent to the slots, a step in place on
+the module's own tensors, a compiled one on the tensors of a trace.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain, pairwise
+from types import MappingProxyType
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from fntrain import events
+from fntrain.core.errors import NonFiniteError
+from fntrain.core.rng import other_states, seed_generators
+from fntrain.core.state import TrainState
+from fntrain.events import Collector
+from fntrain.steps import grads
+from fntrain.steps.batch import Batch, split_batch
+from fntrain.steps.exchange import Alone, Exchange, Totals
+from fntrain.steps.loss import Objective, objective
+from fntrain.steps.module import Slots
+from fntrain.steps.precision import LOSS_SCALE, autocast, loss_scale, next_loss_scale, tf32, unscale_
+from fntrain.steps.rates import Rates
+from fntrain.steps.report import GRAD_NORM, LR, SCALE, SKIPPED, report
+from fntrain.steps.settings import Settings
+from fntrain.steps.update import BoundOptimizer
+
+CHECK_EVERY = 100  # steps after which a layer that was put into the model later is noticed
+_LAST: Any = object()
+
+
+@attrs.frozen(eq=False)
+class Gradients:
+    """What forward and backward of a step come to, before anything is updated."""
+
+    leaves: dict[str, Tensor]  # the parameters to update, gradients in `.grad`, clipped if healthy
+    healthy: bool | Tensor  # whether to update; a tensor where the host would have to wait
+    changes: dict[str, Any]  # fields of the next state that hold whether it updates or not: metrics, extra
+
+
+@attrs.frozen(eq=False)
+class Body:
+    """The working parts of a step, made once from its settings.
+
+    Args:
+      slots: where the module keeps the tensors that the step works on.
+      bound: the optimizer, its groups resolved for these parameters.
+      exchange: what the step asks of other ranks.
+      registered: the parameters that the module shows; others than those in the slots if ranks hold parts of them.
+    """
+
+    settings: Settings
+    slots: Slots
+    bound: BoundOptimizer
+    exchange: Exchange
+    registered: Mapping[str, nn.Parameter]
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Body":
+        """Make the body of a step that trains alone.
+
+        Raises:
+          ValueError, TypeError: the model has no parameters or such that a state can't hold; a group of the optimizer
+            selects none of them.
+        """
+        slots = Slots.of(settings.model)
+        slots.check_memory()
+        bound = settings.optimizer.bind({name: param.detach() for name, param in slots.params.items()})
+        bound.template.state.clear()  # what Adagrad and others make at once is of use to `Optimizer.init` only
+        for group in bound.template.param_groups:
+            group["params"] = []  # a model that is moved must leave no memory behind; the options are what it is for
+        return cls(settings, slots, bound, Alone(settings.loss_fn), slots.params)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.slots.params.values())).device
+
+    def check_now_and_then(self, state: TrainState) -> None:
+        """Check the model at the first update and at every 100th step, since that walks over all of it."""
+        if state.step % CHECK_EVERY == 0 or not self.bound.seen:
+            self.check_model()
+
+    def check_model(self) -> None:
+        """Raise ValueError if a layer was put in after the step was made: it would never be trained."""
+        now, known = Slots.of(self.settings.model).params, self.registered
+        if now.keys() != known.keys() or any(now[name] is not known[name] for name in now):
+            raise ValueError(
+                f"model: {type(self.settings.model).__name__} has other parameters than when the step was made; call "
+                "supervised_step after the model is complete"
+            )
+
+    def rates(self, state: TrainState) -> Rates:
+        """Return the learning rates and scheduled options of the step that starts at a state."""
+        return self.bound.schedules.of(state)
+
+    def seed(self, state: TrainState) -> None:
+        """Seed the default generators for the step that starts at a state."""
+        seed_generators(state.seed, state.step, self.exchange.ranks.rank, others=self.settings.seeds == "all")
+
+    def gradients(self, state: TrainState, batch: Batch, rates: Rates) -> Gradients:
+        """Run forward and backward, and decide whether to update; nothing but gradients and buffers is written to."""
+        watched = None if self.bound.seen or self.settings.seeds == "all" else other_states()
+        scale = loss_scale(state.extra, self.device) if self.settings.precision == "fp16" else None
+        parts, collected, totals = self._backward(batch, None if scale is None else scale["scale"])
+        if watched is not None:
+            _warn_of_draws(watched, other_states())
+        leaves = self._reduced(totals, None if scale is None else scale["scale"])
+        metrics = report(parts, collected, totals, alone=self.exchange.ranks.world_size == 1)
+        self.exchange.broadcast_buffers(self.slots)
+        metrics[LR] = rates.lr
+        norm = self._norm(leaves)
+        if norm is not None:
+            metrics[GRAD_NORM] = norm
+        healthy = self._healthy(state, metrics["loss"], norm, totals.counts)
+        if self.settings.on_nonfinite != "allow" or healthy is False:
+            metrics[SKIPPED] = (~healthy).float() if isinstance(healthy, Tensor) else float(not healthy)
+        changes: dict[str, Any] = {"metrics": metrics}
+        if scale is not None:
+            metrics[SCALE] = scale["scale"]
+            changes["extra"] = {**state.extra, LOSS_SCALE: next_loss_scale(scale, healthy)}
+        if healthy is not False:
+            self._clip(leaves, norm)
+        return Gradients(leaves, healthy, changes)
+
+    def _backward(self, batch: Batch, scale: Tensor | None) -> tuple[list[Objective], list[Collector], Totals]:
+        if self.settings.precision != "tf32":
+            return self._micro_steps(batch, scale)
+        with tf32(self.device):
+            return self._micro_steps(batch, scale)
+
+    def _micro_steps(self, batch: Batch, scale: Tensor | None) -> tuple[list[Objective], list[Collector], Totals]:
+        """Run forward and backward of every micro-batch; gradients add up in `.grad`, over ranks in the last one."""
+        parts: list[Objective] = []
+        collected: list[Collector] = []
+        totals: Callable[[], Totals] | None = None
+        device, denominators = self.device, self._denominators(batch)
+        for (micro_batch, counts), following in pairwise(chain(self._micro_batches(batch), [_LAST])):
+            last = following is _LAST  # known one ahead: gradients of ranks meet in the last backward
+            with events.collecting() as collector:
+                output = self._forward(micro_batch, last, device)
+            only = last and not parts and self.exchange.ranks.world_size == 1
+            part = objective(output, micro_batch, alone=only, denominators=denominators)
+            if not counts:
+                grads.backward(part.total * 0)
+                continue
+            parts.append(part.detached())
+            collected.append(collector)
+            if last:
+                totals = self.exchange.totals(parts, device)
+            grads.backward(part.total if scale is None else part.total * scale)
+        if totals is None:
+            raise ValueError("split: returned no micro-batch, expected at least one")
+        return parts, collected, totals()
+
+    def _denominators(self, batch: Batch) -> Mapping[str, Any] | None:
+        """What `weights` says of the whole batch, over ranks."""
+        weights = self.settings.weights
+        return None if weights is None else self.exchange.sums(weights(batch), self.device)
+
+    def _micro_batches(self, batch: Batch) -> Iterable[tuple[Batch, bool]]:
+        if self.settings.accumulate == 1:
+            return ((batch, True),)
+        return self.exchange.padded((self.settings.split or split_batch)(batch, self.settings.accumulate))
+
+    def _forward(self, batch: Batch, last: bool, device: torch.device) -> Any:
+        if self.settings.precision in ("fp32", "tf32"):
+            return self.exchange.forward(self.settings.model, batch, last)
+        # Entered per micro-batch: autocast's cache of cast weights must not outlive an update.
+        with autocast(self.settings.precision, device):
+            return self.exchange.forward(self.settings.model, batch, last)
+
+    def _reduced(self, totals: Totals, scale: Tensor | None) -> dict[str, Tensor]:
+        """The parameters that got a gradient, loss scale and weights divided out, after `transform_grads`."""
+        leaves: dict[str, Tensor] = {name: p for name, p in self.slots.params.items() if p.grad is not None}
+        if not leaves:
+            raise ValueError("loss_fn: no parameter got a gradient; the loss does not depend on the model")
+        if scale is not None:
+            unscale_(_grads(leaves), scale)
+        if totals.divisor is not None:
+            torch._foreach_div_(_grads(leaves), totals.divisor)
+        return leaves if self.settings.transform_grads is None else _transformed(self.settings.transform_grads, leaves)
+
+    def _norm(self, leaves: Mapping[str, Tensor]) -> float | Tensor | None:
+        wanted = self.settings.clip_grad_norm is not None or self.settings.on_nonfinite != "allow"
+        return self.exchange.norm(grads.global_norm(_grads(leaves))) if leaves and wanted else None
+
+    def _healthy(
+        self, state: TrainState, loss: Tensor, norm: float | Tensor | None, counts: Tensor | float
+    ) -> bool | Tensor:
+        """Whether to update: loss and gradients finite, weight not 0; a tensor where the host would have to wait."""
+        tracing = torch.compiler.is_compiling()  # nothing can be read on the host then, not even to raise
+        stalls = grads.stalls(loss) and (self.settings.on_nonfinite != "raise" or tracing)
+        weighs: bool | Tensor = counts != 0
+        if isinstance(weighs, Tensor) and not stalls:
+            weighs = bool(weighs)
+        if self.settings.on_nonfinite == "allow" or norm is None:
+            return weighs
+        if stalls:
+            return torch.isfinite(torch.as_tensor(norm)) & torch.isfinite(loss) & weighs
+        healthy = bool(weighs) and math.isfinite(norm) and math.isfinite(loss.item())
+        if self.settings.on_nonfinite == "raise" and weighs and not healthy:
+            raise self._not_finite(state, loss)
+        return healthy
+
+    def _not_finite(self, state: TrainState, loss: Tensor) -> NonFiniteError:
+        bad = [n for n, p in self.slots.params.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+        return NonFiniteError(
+            f"step {state.step + 1}: loss is {loss.item()}, gradients are not finite in {bad or 'no parameter'}; "
+            "the state before this step is unchanged"
+        )
+
+    def _clip(self, leaves: Mapping[str, Tensor], norm: float | Tensor | None) -> None:
+        if self.settings.clip_grad_norm is not None and norm is not None:
+            grads.clip_by_norm_(_grads(leaves), norm, self.settings.clip_grad_norm)
+        if self.settings.clip_grad_value is not None:
+            grads.clip_by_value_(_grads(leaves), self.settings.clip_grad_value)
+
+
+def _transformed(
+    transform: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], leaves: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The leaves whose gradients the function returned, with these gradients."""
+    before = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    after = transform(MappingProxyType(before))
+    if not isinstance(after, Mapping) or (after.keys() - before.keys()) or None in after.values():
+        raise ValueError(f"transform_grads: got {after!r:.80}, expected a mapping of some of {sorted(before)}")
+    for name, leaf in leaves.items():
+        if name not in after or after[name] is not before[name]:
+            # A copy: what the function returned may be anyone's memory, and clipping writes in place.
+            leaf.grad = grads.own_layout(name, after[name], leaf, None) if name in after else None
+    return {name: leaf for name, leaf in leaves.items() if name in after}
+
+
+def _grads(leaves: Mapping[str, Tensor]) -> list[Any]:
+    return [leaf.grad for leaf in leaves.values()]
+
+
+def _warn_of_draws(before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
+    drawn = [name for name, was, now in zip(("random", "numpy.random"), before, after, strict=True) if was != now]
+    if drawn:
+        warnings.warn(
+            f"loss_fn: draws from {' and '.join(drawn)}, which the step does not seed, so a resumed run would differ; "
+            "draw from torch, or pass seeds='all' to the step",
+            stacklevel=4,
+        )

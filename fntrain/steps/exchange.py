@@ -1,0 +1,119 @@
+"""What a step asks of the other ranks, as a protocol, and the answers of a rank that is alone."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
+from operator import add
+from typing import Any, Protocol
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from fntrain.core.ranks import ALONE, Ranks
+from fntrain.events import Scalar
+from fntrain.steps.batch import Batch
+from fntrain.steps.loss import Objective
+from fntrain.steps.module import Slots
+
+
+@attrs.frozen(eq=False)
+class Totals:
+    """What the parts of a step add up to, over its micro-batches and over ranks.
+
+    Args:
+      loss: the loss of the whole batch, divided as the gradients are.
+      divisor: what the gradients are still to be divided by; None: they are as they should be.
+      counts: the step is skipped if this is 0.
+    """
+
+    loss: Scalar
+    divisor: Scalar | None
+    counts: Scalar
+
+
+def total(parts: Sequence[Objective], field: str) -> Any:
+    """Return the sum of a field over micro-batches."""
+    return reduce(add, [getattr(part, field) for part in parts])  # not sum(): 0 + value is one operation more
+
+
+def divided(loss: Scalar, divisor: Scalar) -> Scalar:
+    """Divide a loss as torch does: by 0 too, where Python's numbers raise."""
+    if isinstance(loss, Tensor) or isinstance(divisor, Tensor) or divisor:
+        return loss / divisor
+    return loss * math.inf
+
+
+class Exchange(Protocol):
+    """What a step asks of the other ranks: around each forward, before the last backward, and after it."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """Who they are."""
+
+    def sums(self, numbers: Mapping[str, Scalar], device: torch.device) -> Mapping[str, Scalar]:
+        """Add up numbers over ranks, in float64; tensors where the host would have to wait for the device."""
+
+    def padded(self, micro_batches: Iterable[Batch]) -> Iterable[tuple[Batch, bool]]:
+        """Give the micro-batches, and whether each counts: some run only because other ranks have more of them."""
+
+    def forward(self, model: nn.Module, batch: Batch, last: bool) -> Any:
+        """Run model and loss on a micro-batch; in the backward of the last one gradients meet."""
+
+    def totals(self, parts: Sequence[Objective], device: torch.device) -> Callable[[], Totals]:
+        """Begin, before the last backward, to add up what the forwards gave.
+
+        What is returned is called after that backward: it puts gradients where they belong, and gives the sums.
+        """
+
+    def norm(self, norm: Scalar) -> Scalar:
+        """Give the norm of all gradients by that of this rank's."""
+
+    def broadcast_buffers(self, slots: Slots) -> None:
+        """Give all ranks the buffers of rank 0."""
+
+    def reset(self) -> None:
+        """Forget a step that failed, without a word to the other ranks."""
+
+
+@attrs.frozen(eq=False)
+class Alone:
+    """The exchange of a process that trains alone: every answer is its own."""
+
+    loss_fn: Callable[[nn.Module, Batch], Any]
+    ranks: Ranks = ALONE
+
+    def sums(self, numbers: Mapping[str, Scalar], device: torch.device) -> Mapping[str, Scalar]:
+        """They are the sums."""
+        del device
+        return numbers
+
+    def padded(self, micro_batches: Iterable[Batch]) -> Iterable[tuple[Batch, bool]]:
+        """All count."""
+        return ((one, True) for one in micro_batches)
+
+    def forward(self, model: nn.Module, batch: Batch, last: bool) -> Any:
+        """Run model and loss."""
+        del last
+        return self.loss_fn(model, batch)
+
+    def totals(self, parts: Sequence[Objective], device: torch.device) -> Callable[[], Totals]:
+        """Add up at once; without weights nothing is divided, so that one micro-batch is bitwise the raw loop."""
+        del device
+        loss, counts = total(parts, "total"), total(parts, "counts")
+        if not parts[0].divide:
+            sums = Totals(loss, None, counts)
+        else:
+            weight = total(parts, "weight")
+            sums = Totals(divided(loss, weight), weight, counts)
+        return lambda: sums
+
+    def norm(self, norm: Scalar) -> Scalar:
+        """It is the norm."""
+        return norm
+
+    def broadcast_buffers(self, slots: Slots) -> None:
+        """Nobody else has any."""
+
+    def reset(self) -> None:
+        """Nobody waits."""

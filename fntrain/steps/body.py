@@ -4,11 +4,9 @@ Every form of a step runs this one body: the pure step on fresh copies that are 
 the module's own tensors, a compiled one on the tensors of a trace.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain, pairwise
-from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -16,18 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from fntrain import events
-from fntrain.core.errors import NonFiniteError
 from fntrain.core.rng import other_states, seed_generators
 from fntrain.core.state import TrainState
 from fntrain.events import Collector
-from fntrain.steps import grads
+from fntrain.steps import decision, grads, precision, report
 from fntrain.steps.batch import Batch, split_batch
 from fntrain.steps.exchange import Alone, Exchange, Totals
 from fntrain.steps.loss import Objective, objective
 from fntrain.steps.module import Slots
-from fntrain.steps.precision import LOSS_SCALE, autocast, loss_scale, next_loss_scale, tf32, unscale_
 from fntrain.steps.rates import Rates
-from fntrain.steps.report import GRAD_NORM, LR, SCALE, SKIPPED, report
 from fntrain.steps.settings import Settings
 from fntrain.steps.update import BoundOptimizer
 
@@ -107,32 +102,31 @@ class Body:
     def gradients(self, state: TrainState, batch: Batch, rates: Rates) -> Gradients:
         """Run forward and backward, and decide whether to update; nothing but gradients and buffers is written to."""
         watched = None if self.bound.seen or self.settings.seeds == "all" else other_states()
-        scale = loss_scale(state.extra, self.device) if self.settings.precision == "fp16" else None
+        scale = precision.loss_scale(state.extra, self.device) if self.settings.precision == "fp16" else None
         parts, collected, totals = self._backward(batch, None if scale is None else scale["scale"])
         if watched is not None:
             _warn_of_draws(watched, other_states())
         leaves = self._reduced(totals, None if scale is None else scale["scale"])
-        metrics = report(parts, collected, totals, alone=self.exchange.ranks.world_size == 1)
+        metrics = report.metrics(parts, collected, totals, alone=self.exchange.ranks.world_size == 1)
         self.exchange.broadcast_buffers(self.slots)
-        metrics[LR] = rates.lr
-        norm = self._norm(leaves)
-        if norm is not None:
-            metrics[GRAD_NORM] = norm
-        healthy = self._healthy(state, metrics["loss"], norm, totals.counts)
-        if self.settings.on_nonfinite != "allow" or healthy is False:
-            metrics[SKIPPED] = (~healthy).float() if isinstance(healthy, Tensor) else float(not healthy)
+        norm = decision.norm(self.settings, self.exchange, leaves)
+        healthy = decision.healthy(self.settings, metrics["loss"], norm, totals)
+        if healthy is False:
+            decision.check(self.settings, state.step + 1, metrics["loss"], totals, self.slots.params)
+        else:
+            decision.clip(self.settings, leaves, norm)
+        looked = self.settings.on_nonfinite != "allow" or healthy is False
+        report.add_update(metrics, rates.lr, norm, healthy if looked else None)
         changes: dict[str, Any] = {"metrics": metrics}
         if scale is not None:
-            metrics[SCALE] = scale["scale"]
-            changes["extra"] = {**state.extra, LOSS_SCALE: next_loss_scale(scale, healthy)}
-        if healthy is not False:
-            self._clip(leaves, norm)
+            metrics[report.SCALE] = scale["scale"]
+            changes["extra"] = {**state.extra, precision.LOSS_SCALE: precision.next_loss_scale(scale, healthy)}
         return Gradients(leaves, healthy, changes)
 
     def _backward(self, batch: Batch, scale: Tensor | None) -> tuple[list[Objective], list[Collector], Totals]:
         if self.settings.precision != "tf32":
             return self._micro_steps(batch, scale)
-        with tf32(self.device):
+        with precision.tf32(self.device):
             return self._micro_steps(batch, scale)
 
     def _micro_steps(self, batch: Batch, scale: Tensor | None) -> tuple[list[Objective], list[Collector], Totals]:
@@ -173,7 +167,7 @@ class Body:
         if self.settings.precision in ("fp32", "tf32"):
             return self.exchange.forward(self.settings.model, batch, last)
         # Entered per micro-batch: autocast's cache of cast weights must not outlive an update.
-        with autocast(self.settings.precision, device):
+        with precision.autocast(self.settings.precision, device):
             return self.exchange.forward(self.settings.model, batch, last)
 
     def _reduced(self, totals: Totals, scale: Tensor | None) -> dict[str, Tensor]:
@@ -182,64 +176,11 @@ class Body:
         if not leaves:
             raise ValueError("loss_fn: no parameter got a gradient; the loss does not depend on the model")
         if scale is not None:
-            unscale_(_grads(leaves), scale)
+            precision.unscale_(grads.of(leaves), scale)
         if totals.divisor is not None:
-            torch._foreach_div_(_grads(leaves), totals.divisor)
-        return leaves if self.settings.transform_grads is None else _transformed(self.settings.transform_grads, leaves)
-
-    def _norm(self, leaves: Mapping[str, Tensor]) -> float | Tensor | None:
-        wanted = self.settings.clip_grad_norm is not None or self.settings.on_nonfinite != "allow"
-        return self.exchange.norm(grads.global_norm(_grads(leaves))) if leaves and wanted else None
-
-    def _healthy(
-        self, state: TrainState, loss: Tensor, norm: float | Tensor | None, counts: Tensor | float
-    ) -> bool | Tensor:
-        """Whether to update: loss and gradients finite, weight not 0; a tensor where the host would have to wait."""
-        tracing = torch.compiler.is_compiling()  # nothing can be read on the host then, not even to raise
-        stalls = grads.stalls(loss) and (self.settings.on_nonfinite != "raise" or tracing)
-        weighs: bool | Tensor = counts != 0
-        if isinstance(weighs, Tensor) and not stalls:
-            weighs = bool(weighs)
-        if self.settings.on_nonfinite == "allow" or norm is None:
-            return weighs
-        if stalls:
-            return torch.isfinite(torch.as_tensor(norm)) & torch.isfinite(loss) & weighs
-        healthy = bool(weighs) and math.isfinite(norm) and math.isfinite(loss.item())
-        if self.settings.on_nonfinite == "raise" and weighs and not healthy:
-            raise self._not_finite(state, loss)
-        return healthy
-
-    def _not_finite(self, state: TrainState, loss: Tensor) -> NonFiniteError:
-        bad = [n for n, p in self.slots.params.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
-        return NonFiniteError(
-            f"step {state.step + 1}: loss is {loss.item()}, gradients are not finite in {bad or 'no parameter'}; "
-            "the state before this step is unchanged"
-        )
-
-    def _clip(self, leaves: Mapping[str, Tensor], norm: float | Tensor | None) -> None:
-        if self.settings.clip_grad_norm is not None and norm is not None:
-            grads.clip_by_norm_(_grads(leaves), norm, self.settings.clip_grad_norm)
-        if self.settings.clip_grad_value is not None:
-            grads.clip_by_value_(_grads(leaves), self.settings.clip_grad_value)
-
-
-def _transformed(
-    transform: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], leaves: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """The leaves whose gradients the function returned, with these gradients."""
-    before = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-    after = transform(MappingProxyType(before))
-    if not isinstance(after, Mapping) or (after.keys() - before.keys()) or None in after.values():
-        raise ValueError(f"transform_grads: got {after!r:.80}, expected a mapping of some of {sorted(before)}")
-    for name, leaf in leaves.items():
-        if name not in after or after[name] is not before[name]:
-            # A copy: what the function returned may be anyone's memory, and clipping writes in place.
-            leaf.grad = grads.own_layout(name, after[name], leaf, None) if name in after else None
-    return {name: leaf for name, leaf in leaves.items() if name in after}
-
-
-def _grads(leaves: Mapping[str, Tensor]) -> list[Any]:
-    return [leaf.grad for leaf in leaves.values()]
+            torch._foreach_div_(grads.of(leaves), totals.divisor)
+        transform = self.settings.transform_grads
+        return leaves if transform is None else grads.transformed(transform, leaves)
 
 
 def _warn_of_draws(before: tuple[Any, ...], after: tuple[Any, ...]) -> None:

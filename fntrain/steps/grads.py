@@ -5,8 +5,10 @@ on the device and nothing waits for them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,6 +96,30 @@ def clip_by_value_(grads: list[Tensor], max_value: float) -> None:
     """
     torch._foreach_clamp_min_(grads, -max_value)
     torch._foreach_clamp_max_(grads, max_value)
+
+
+def of(leaves: Mapping[str, Tensor]) -> list[Any]:
+    """Return the gradients of leaves that have one."""
+    return [leaf.grad for leaf in leaves.values()]
+
+
+def transformed(
+    transform: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], leaves: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the leaves whose gradients a function of all gradients by name returned, with these gradients.
+
+    Raises:
+      ValueError: it returned no mapping of some of them.
+    """
+    before = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    after = transform(MappingProxyType(before))
+    if not isinstance(after, Mapping) or (after.keys() - before.keys()) or None in after.values():
+        raise ValueError(f"transform_grads: got {after!r:.80}, expected a mapping of some of {sorted(before)}")
+    for name, leaf in leaves.items():
+        if name not in after or after[name] is not before[name]:
+            # A copy: what the function returned may be anyone's memory, and clipping writes in place.
+            leaf.grad = own_layout(name, after[name], leaf, None) if name in after else None
+    return {name: leaf for name, leaf in leaves.items() if name in after}
 
 
 def own_layout(name: str, grad: Tensor, param: Tensor, storages: set[int] | None) -> Tensor:

@@ -201,10 +201,10 @@ class Slots:
                     "tie parameters by assigning the same nn.Parameter to both, or give one a .clone()"
                 )
 
-    def lend(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], frozen: Iterable[str] = ()) -> "Lease":
+    def lend(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], frozen: Iterable[str] = ()) -> "Lent":
         """Put tensors into the slots, gradients set to None, `frozen` ones asking for none; `take_back` undoes it."""
         torch.clear_autocast_cache()  # a caller's autocast would go on with casts of what the slots held before
-        lease = Lease([(param, param.data, param.grad) for param in self.params.values()], [], [])
+        lease = Lent([(param, param.data, param.grad) for param in self.params.values()], [], [])
         try:
             for name, param in self.params.items():
                 param.data = params[name]
@@ -223,7 +223,7 @@ class Slots:
             raise
         return lease
 
-    def take_back(self, lease: "Lease") -> None:
+    def take_back(self, lease: "Lent") -> None:
         """Put the module's own tensors back into its slots."""
         torch.clear_autocast_cache()
         for param, data, grad in lease.params:
@@ -237,7 +237,7 @@ class Slots:
                 buffer.data = home
 
     def written(
-        self, lease: "Lease", params: dict[str, Tensor], buffers: dict[str, Tensor]
+        self, lease: "Lent", params: dict[str, Tensor], buffers: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return what the slots hold after a step: the lent tensors, or what was assigned in their place."""
         for name, param in self.params.items():
@@ -256,7 +256,7 @@ class Slots:
 
 
 @attrs.frozen(eq=False)
-class Lease:
+class Lent:
     """What a module held before its slots were lent."""
 
     params: list[tuple[nn.Parameter, Tensor, Tensor | None]]

@@ -93,7 +93,7 @@ class Memory:
     def _copied_in(self, state: TrainState) -> TrainState:
         reason, slots = f"step {state.step + 1} (begun from another state)", self.body.slots
         keeps_opt_state = self._holds(state, "opt_state") and not self.moved_params()
-        state = self._apart(state.replace(**{field: self._local(state, field) for field in FIELDS}))
+        state = self._without_overlaps(state.replace(**{field: self._local(state, field) for field in FIELDS}))
         torch.clear_autocast_cache()  # a caller's autocast would go on with casts of what the module held before
         slots.check(state)
         self.follow_params()
@@ -110,7 +110,7 @@ class Memory:
         mine = {name: self.own_part(name, value) for name, value in mapping.items()}
         return Leased(mine, self.home, field, state.step) if self.home.leased(mapping, field) else mine
 
-    def _apart(self, state: TrainState) -> TrainState:
+    def _without_overlaps(self, state: TrainState) -> TrainState:
         """The state, its tensors copied where they lie in memory of this step that is about to be overwritten."""
         own: dict[str, Any] = {"params": self.body.slots.params, "buffers": self.body.slots.buffers}
         own["opt_state"] = {} if self.home.leased(state.opt_state, "opt_state") else self.opt_state

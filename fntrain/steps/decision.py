@@ -1,0 +1,57 @@
+"""Whether a step updates: decided once, from the reduced gradients and the loss, before the optimizer's first write.
+
+On the CPU the host decides; on a GPU the decision stays on the device, as a 0-d tensor of bool that nobody waits for.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fntrain.core.errors import NonFiniteError
+from fntrain.steps import grads
+from fntrain.steps.exchange import Exchange, Totals
+from fntrain.steps.settings import Settings
+
+
+def norm(settings: Settings, exchange: Exchange, leaves: Mapping[str, Tensor]) -> float | Tensor | None:
+    """Return the global 2-norm of the gradients if the step needs it: to clip by it, or to see what is not finite."""
+    wanted = settings.clip_grad_norm is not None or settings.on_nonfinite != "allow"
+    return exchange.norm(grads.global_norm(grads.of(leaves))) if leaves and wanted else None
+
+
+def healthy(settings: Settings, loss: Tensor, norm: float | Tensor | None, totals: Totals) -> bool | Tensor:
+    """Tell whether to update: loss and gradients finite, weight not 0; a tensor where the host would have to wait."""
+    tracing = torch.compiler.is_compiling()  # nothing can be read on the host then, not even to raise
+    stalls = grads.stalls(loss) and (settings.on_nonfinite != "raise" or tracing)
+    weighs: bool | Tensor = totals.counts != 0
+    if isinstance(weighs, Tensor) and not stalls:
+        weighs = bool(weighs)
+    if settings.on_nonfinite == "allow" or norm is None:
+        return weighs
+    if stalls:
+        return torch.isfinite(torch.as_tensor(norm)) & torch.isfinite(loss) & weighs
+    return bool(weighs) and math.isfinite(norm) and math.isfinite(loss.item())
+
+
+def check(settings: Settings, step: int, loss: Tensor, totals: Totals, params: Mapping[str, Tensor]) -> None:
+    """Raise what `on_nonfinite="raise"` asks for, of a step that does not update.
+
+    Raises:
+      NonFiniteError: loss or gradients are not finite; the message names them. A total weight of 0 is no such error.
+    """
+    if settings.on_nonfinite == "raise" and bool(totals.counts != 0):
+        bad = [n for n, param in params.items() if param.grad is not None and not bool(param.grad.isfinite().all())]
+        raise NonFiniteError(
+            f"step {step}: loss is {loss.item()}, gradients are not finite in {bad or 'no parameter'}; "
+            "the state before this step is unchanged"
+        )
+
+
+def clip(settings: Settings, leaves: Mapping[str, Tensor], norm: float | Tensor | None) -> None:
+    """Clip the gradients of a step that updates, in place."""
+    if settings.clip_grad_norm is not None and norm is not None:
+        grads.clip_by_norm_(grads.of(leaves), norm, settings.clip_grad_norm)
+    if settings.clip_grad_value is not None:
+        grads.clip_by_value_(grads.of(leaves), settings.clip_grad_value)

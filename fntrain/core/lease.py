@@ -108,6 +108,11 @@ class Leased(Mapping[str, Any]):
         self.lease = home.leases[field]
         self.step = step
 
+    @property
+    def open(self) -> bool:
+        """Whether the lease lasts."""
+        return self.lease.ended is None
+
     def _open(self) -> dict[str, Any]:
         if self.lease.ended is not None:
             raise StateConsumedError(

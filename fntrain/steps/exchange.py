@@ -34,6 +34,8 @@ class Totals:
 
 def total(parts: Sequence[Objective], field: str) -> Any:
     """Return the sum of a field over micro-batches."""
+    if len(parts) == 1:
+        return getattr(parts[0], field)
     return reduce(add, [getattr(part, field) for part in parts])  # not sum(): 0 + value is one operation more
 
 
@@ -100,12 +102,11 @@ class Alone:
     def totals(self, parts: Sequence[Objective], device: torch.device) -> Callable[[], Totals]:
         """Add up at once; without weights nothing is divided, so that one micro-batch is bitwise the raw loop."""
         del device
-        loss, counts = total(parts, "total"), total(parts, "counts")
         if not parts[0].divide:
-            sums = Totals(loss, None, counts)
+            sums = Totals(total(parts, "total"), None, total(parts, "counts"))
         else:
             weight = total(parts, "weight")
-            sums = Totals(divided(loss, weight), weight, counts)
+            sums = Totals(divided(total(parts, "total"), weight), weight, total(parts, "counts"))
         return lambda: sums
 
     def norm(self, norm: Scalar) -> Scalar:

@@ -45,6 +45,8 @@ class Memory:
         self.moves = 0
         self.fused: FusedAdam | None = None
         self._storages: set[int] | None = None  # addresses of what is written to; None: to be found anew
+        self._addresses = [tensor.data_ptr() for tensor in self.params.values()]
+        self._handed: tuple[Any, ...] = (None, None, None)  # the mappings of the state that was handed out last
         self._warned = False  # that the host waits for each decision
 
     def _separate(self) -> None:
@@ -81,18 +83,15 @@ class Memory:
           StateConsumedError: a part of the state was overwritten; nothing is written then.
           ValueError: names or shapes of the state are not the module's.
         """
-        if self.moved_params() or not all(self._holds(state, field) for field in FIELDS):
+        params, buffers, opt_state = self._handed
+        known = state.params is params and state.buffers is buffers and state.opt_state is opt_state
+        if not (known and params.open and buffers.open and opt_state.open and self._is_unmoved()):
             state = self._copied_in(state)
         return self._without_aliases(state) if state.hooks or state.extra else state
 
-    def _holds(self, state: TrainState, field: str) -> bool:
-        """Whether a state's mapping is the one handed out last, and nobody has written to its tensors since."""
-        mapping = getattr(state, field)
-        return self.home.leased(mapping, field) and mapping.tensors is self.shown(field)
-
     def _copied_in(self, state: TrainState) -> TrainState:
         reason, slots = f"step {state.step + 1} (begun from another state)", self.body.slots
-        keeps_opt_state = self._holds(state, "opt_state") and not self.moved_params()
+        keeps_opt_state = self._is_unmoved() and self._holds_opt_state(state)
         state = self._without_overlaps(state.replace(**{field: self._local(state, field) for field in FIELDS}))
         torch.clear_autocast_cache()  # a caller's autocast would go on with casts of what the module held before
         slots.check(state)
@@ -103,6 +102,11 @@ class Memory:
         if not keeps_opt_state:
             self._take_opt_state(state.opt_state, reason)
         return self.advanced(state, {}).replace(step=state.step, position=state.position)
+
+    def _holds_opt_state(self, state: TrainState) -> bool:
+        """Whether the optimizer state is the one handed out, and nobody has written to it since."""
+        mapping: Any = state.opt_state
+        return self.home.leased(mapping, "opt_state") and mapping.tensors is self.shown("opt_state")
 
     def _local(self, state: TrainState, field: str) -> Mapping[str, Any]:
         """What of a field belongs into this memory, on lease if the field is; what is consumed raises."""
@@ -213,15 +217,17 @@ class Memory:
 
     def advanced(self, state: TrainState, changes: dict[str, Any]) -> TrainState:
         """Return the next state: this memory, on lease."""
-        step = state.step + 1
-        return state.advance(
-            params=Leased(self.shown("params"), self.home, "params", step),
-            buffers=Leased(self.shown("buffers"), self.home, "buffers", step),
-            opt_state=Leased(self.shown("opt_state"), self.home, "opt_state", step),
-            **changes,
-        )
+        home, step = self.home, state.step + 1
+        params = Leased(self.shown("params"), home, "params", step)
+        buffers = Leased(self.shown("buffers"), home, "buffers", step)
+        opt_state = Leased(self.shown("opt_state"), home, "opt_state", step)
+        self._handed = (params, buffers, opt_state)
+        return state.advance(params=params, buffers=buffers, opt_state=opt_state, **changes)
 
     # Where the tensors lie.
+
+    def _is_unmoved(self) -> bool:
+        return [param.data_ptr() for param in self.body.slots.params.values()] == self._addresses
 
     def moved_params(self) -> list[str]:
         """Return the parameters of the module that no longer lie in this memory."""
@@ -230,9 +236,12 @@ class Memory:
 
     def follow_params(self) -> None:
         """Take over the memory that a forward, an optimizer or `.to` put in a parameter's place."""
+        if self._is_unmoved():  # the usual case, in half the time
+            return
         for name in self.moved_params():
             self.params[name], self.fused, self._storages = self.body.slots.params[name].detach(), None, None
             self.moves += 1
+        self._addresses = [tensor.data_ptr() for tensor in self.params.values()]
 
     def set_buffer(self, name: str, buffer: Tensor, *, moved: bool) -> None:
         """Note that a buffer is another tensor now, and whether it lies elsewhere."""

@@ -14,7 +14,8 @@ from fntrain.core import gates
 from fntrain.core.check import whole
 from fntrain.core.errors import CheckpointError
 from fntrain.core.hook import AnyHook, Hook, hook, resource
-from fntrain.core.ranks import ALONE, agreed
+from fntrain.core.metrics import metric_over_ranks
+from fntrain.core.ranks import ALONE
 from fntrain.core.state import TrainState, remember
 from fntrain.shell.checkpoints.directory import agreed as agreed_on
 from fntrain.shell.checkpoints.directory import complete, nothing, readable, remove, retain, set_aside, step_of
@@ -323,7 +324,7 @@ def best_checkpoint(
 
 def score(state: TrainState, metric: str) -> float | None:
     """A metric of the state as a number, None if it is not there or not finite."""
-    value = agreed(state, metric)
+    value = metric_over_ranks(state, metric)
     number = math.nan if value is None else float(value)
     return number if math.isfinite(number) else None
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fntrain.core import gates
 from fntrain.core.hook import AnyHook, hook
-from fntrain.core.ranks import Ranks, combined
+from fntrain.core.metrics import combined
+from fntrain.core.ranks import Ranks
 from fntrain.core.state import TrainState
 from fntrain.evaluation import flattened
 from fntrain.events import MetricName, Scalar

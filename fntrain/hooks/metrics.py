@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fntrain.core.check import whole
 from fntrain.core.hook import AnyHook, Hook, hook, resource
-from fntrain.core.ranks import WEIGHT, Ranks, combined
+from fntrain.core.metrics import WEIGHT, combined
+from fntrain.core.ranks import Ranks
 from fntrain.core.state import TrainState
 from fntrain.steps.grads import stalls
 from fntrain.writers import Row, Writer, WriteRow

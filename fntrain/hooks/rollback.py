@@ -15,7 +15,7 @@ import torch
 from fntrain.core import tree
 from fntrain.core.check import whole
 from fntrain.core.hook import AnyHook, Hook, hook, resource
-from fntrain.core.ranks import agreed
+from fntrain.core.metrics import metric_over_ranks
 from fntrain.core.state import TrainState, remember, snapshot, stop
 from fntrain.events import MetricName
 from fntrain.hooks.metrics import to_host
@@ -163,7 +163,7 @@ class _Live:
         if state.step <= memory["step"]:
             return None  # another hook has gone back to a step that was looked at already
         memory["step"] = state.step
-        value = agreed(state, record.metric)
+        value = metric_over_ranks(state, record.metric)
         if value is not None:
             memory["pending"] = [*memory["pending"], value]
         problem = None

@@ -21,12 +21,14 @@ from fntrain import events
 from fntrain.core import tree
 from fntrain.core.check import whole
 from fntrain.core.errors import NonFiniteError
-from fntrain.core.ranks import ALONE, WEIGHT, Exchange, Ranks, Sums
+from fntrain.core.metrics import WEIGHT
+from fntrain.core.ranks import ALONE, Ranks
 from fntrain.core.rng import other_states, seed_generators
 from fntrain.core.state import TrainState
 from fntrain.events import Collector, MetricName, Reduce, Scalar
 from fntrain.steps import grads
 from fntrain.steps.batch import Batch, split_batch
+from fntrain.steps.exchange import Exchange, Sums
 from fntrain.steps.loss import Loss, Objective, Weighted, WeightsFn, objective
 from fntrain.steps.module import Slots
 from fntrain.steps.optim import BoundOptimizer, Optimizer, lr_scale

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fntrain.core.ranks import Ranks, Sums
+from fntrain.core.ranks import Ranks
 from fntrain.events import Scalar
 from fntrain.steps.batch import Batch
+from fntrain.steps.exchange import Sums
 from fntrain.steps.loss import Weighted
 from fntrain.steps.supervised import LossFn, SupervisedStep
 
@@ -73,7 +74,7 @@ class _Carry(torch.autograd.Function):
 
 
 class Exchanging:
-    """What exchanges have in common; see `fntrain.core.ranks.Exchange`."""
+    """What exchanges have in common; see `fntrain.steps.exchange.Exchange`."""
 
     def __init__(self, here: Ranks) -> None:
         self.ranks = here

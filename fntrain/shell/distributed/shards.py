@@ -35,7 +35,7 @@ ELEMENTWISE = frozenset(
 
 
 class Shards(Exchanging):
-    """The exchange of ranks that each hold a part; see `fntrain.core.ranks.Exchange`."""
+    """The exchange of ranks that each hold a part; see `fntrain.steps.exchange.Exchange`."""
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import attrs
 
 from fntrain.core.check import whole
-from fntrain.core.hook import AnyHook, Gated, Predicate, compose, flatten
+from fntrain.core.hook import AnyHook, Gated, Predicate, compose, flatten, gated
 
 
 def every(n: int, hook: AnyHook) -> AnyHook:
@@ -93,7 +93,8 @@ def on_main(hook: AnyHook) -> AnyHook:
 def at_end(hook: AnyHook) -> AnyHook:
     """Also run a hook's after_step at the end of training, if the last step did not run it already.
 
-    It overrides every other gate, `when` too. Not when a step raised, and not when `fit` had no step to do.
+    It overrides every other gate, `when` too. It runs once more if `after_train` or at_end of hooks before it changed
+    the state since: a checkpoint is then saved again. Not when a step raised, and not when `fit` had no step to do.
 
     Example:
       >>> at_end(every(100, ft.hook(after_step=print)))
@@ -103,11 +104,11 @@ def at_end(hook: AnyHook) -> AnyHook:
 
 
 def _gate(hook: AnyHook, change: Callable[[Gated], Gated]) -> AnyHook:
-    gated = []
+    found = []
     for single in flatten(hook):
-        one = change(single if isinstance(single, Gated) else Gated(hook=single))
-        gated.append(one if one != Gated(hook=one.hook) else one.hook)
-    return compose(*gated)
+        one = change(gated(single))
+        found.append(one if one != Gated(hook=one.hook) else one.hook)
+    return compose(*found)
 
 
 def _stateless(one: Gated) -> Gated:

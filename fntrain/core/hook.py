@@ -4,8 +4,9 @@ A callback takes the state and returns a new one, or None for no change. Everyth
 print and (where their callbacks do) pickle.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import attrs
@@ -20,6 +21,31 @@ Wrap = Callable[[Iterator[Any]], Iterator[Any]]
 PHASES = ("before_train", "before_step", "after_step", "after_train")
 
 
+def _words(words: str | Iterable[str]) -> frozenset[str]:
+    return frozenset({words} if isinstance(words, str) else words)
+
+
+@attrs.frozen
+class Needs:
+    """What must come before a hook in the list of hooks, and why.
+
+    Args:
+      what: a word that other hooks have in `made`; every hook that has it must come before.
+      reason: what would go wrong otherwise; it goes on after "which" in the error.
+      but: hooks that have one of these words too may come after all the same.
+      of: name of the one hook that it is needed of, which then must be there; `reason` goes on after the name of the
+        hook that needs it.
+    Example:
+      >>> Needs("metrics", "would not see them").but
+      frozenset()
+    """
+
+    what: str
+    reason: str
+    but: frozenset[str] = attrs.field(default=frozenset(), converter=_words)
+    of: str | None = None
+
+
 @attrs.frozen(kw_only=True)
 class Hook:
     """Callbacks, and what the fold has to know of them; made by `hook`, `stateful` and `resource`.
@@ -32,11 +58,10 @@ class Hook:
       wrap_data: wraps the iterator of batches; for what watches the loading.
       communicates: runs collectives between ranks, so it may be gated by functions of the step only.
       stops: may ask to stop on one rank and not on the others, which all then have to be asked after each of its steps.
-      saves: writes the state to disk, so hooks with memory must come before it.
-      reports: adds to the metrics, so it must come before hooks that write them.
-      writes: hands the metrics on.
-      reads: name of a hook whose memory it reads, which must come before it.
-      rewinds: may go back to an earlier state, so hooks with memory must come before it, or would count steps twice.
+      makes: words for what it makes: "metrics" that it reports, "branch" for checkpoints from which the run can be
+        resumed, "best" for the best checkpoint, or words of your own.
+      needs: what must come before it, and why: `Needs` records.
+      outlives: whether its memory survives a roll-back (`state.go_back`): True, or the keys of those entries that do.
     """
 
     before_train: Callback | None = None
@@ -49,23 +74,26 @@ class Hook:
     wrap_data: Wrap | None = None
     communicates: bool = False
     stops: bool = True
-    saves: bool = False
-    reports: bool = False
-    writes: bool = False
-    reads: str | None = None
-    rewinds: bool = False
+    makes: frozenset[str] = attrs.field(default=frozenset(), converter=_words)
+    needs: tuple[Needs, ...] = attrs.field(default=(), converter=tuple)
+    outlives: bool | tuple[str, ...] = False
+
+    @property
+    def made(self) -> frozenset[str]:
+        """What others may need: `makes`, "memory" if it has one, and "lasting memory" if that outlives a roll-back."""
+        memory = {"memory"} if self.init is not None else set()
+        return self.makes | memory | ({"lasting memory"} if self.outlives else set())
 
     def __repr__(self) -> str:
-        shown = [repr(self.name)] if self.name else []
-        for phase in PHASES:
-            if callback := getattr(self, phase):
-                shown.append(f"{phase}={getattr(callback, '__qualname__', repr(callback))}")
-        return f"hook({', '.join(shown)})" if self.open is None else repr(self.open)
+        if self.open is not None:
+            return repr(self.open)
+        callbacks = [f"{phase}={called(getattr(self, phase))}" for phase in PHASES if getattr(self, phase)]
+        return f"hook({', '.join([repr(self.name), *callbacks] if self.name else callbacks)})"
 
 
 @attrs.frozen(kw_only=True, repr=False)
 class Gated:
-    """One hook and when its step callbacks run; made by the gates below, which merge into it."""
+    """One hook and when its step callbacks run; made by the gates, which merge into it."""
 
     hook: Hook
     every: int = 1
@@ -96,7 +124,7 @@ class Gated:
         if self.first != 1 or self.last is not None:
             text = f"between({self.first}, {self.last}, {text})"
         for predicate in self.predicates:
-            text = f"when({getattr(predicate, '__qualname__', repr(predicate))}, {text})"
+            text = f"when({called(predicate)}, {text})"
         text = f"on_main({text})" if self.main else text
         return f"at_end({text})" if self.at_end else text
 
@@ -122,8 +150,7 @@ def hook(
     after_step: Callback | None = None,
     after_train: Callback | None = None,
     name: str | None = None,
-    communicates: bool = False,
-    stops: bool = True,
+    **declared: Any,
 ) -> Hook:
     """Make a hook from callbacks, each `state -> state or None`.
 
@@ -132,9 +159,9 @@ def hook(
     Args:
       before_train, before_step, after_step, after_train: called in list order in every phase.
       name: unique in a run; shown in errors.
-      communicates: declares that a callback runs collectives between ranks.
-      stops: False declares that it never asks to stop, or on all ranks alike: several ranks then spare the message by
-        which they agree after each step (0.2 ms between processes of one machine).
+      declared: `communicates=True` if a callback runs collectives between ranks; `stops=False` if none ever asks to
+        stop, or all ranks do alike: several ranks then spare the message by which they agree after each step (0.2 ms
+        between processes of one machine); `makes`, `needs`, `outlives` for its place in the list. See `ft.Hook`.
     Raises:
       TypeError: a callback can't be called.
     Example:
@@ -143,16 +170,11 @@ def hook(
 
     Source: detectron2's CallbackHook, https://detectron2.readthedocs.io/en/latest/modules/engine.html
     """
-    phases: dict[str, Any] = {
-        "before_train": before_train,
-        "before_step": before_step,
-        "after_step": after_step,
-        "after_train": after_train,
-    }
+    phases: dict[str, Any] = dict(zip(PHASES, (before_train, before_step, after_step, after_train), strict=True))
     for phase, callback in phases.items():
         if callback is not None and not callable(callback):
             raise TypeError(f"{phase}: got {type(callback).__name__}, expected a function of the state")
-    return Hook(**phases, name=name, communicates=communicates, stops=stops)
+    return Hook(**phases, name=name, **declared)
 
 
 def stateful(name: str, init: PyTree | Callable[[TrainState], PyTree], **callbacks: Any) -> Hook:
@@ -163,7 +185,7 @@ def stateful(name: str, init: PyTree | Callable[[TrainState], PyTree], **callbac
     Args:
       name: unique in a run; the memory is found under it on resume.
       init: memory at the start of a run, or a function of the state that makes it.
-      callbacks: as for `hook`.
+      callbacks: these and what is declared, as for `hook`.
     Raises:
       ValueError: the name is empty.
     Example:
@@ -174,7 +196,7 @@ def stateful(name: str, init: PyTree | Callable[[TrainState], PyTree], **callbac
     """
     if not name or not isinstance(name, str):
         raise ValueError(f"name: got {name!r}, expected a non-empty string")
-    return attrs.evolve(hook(name=name, **callbacks), init=init if callable(init) else _Value(init))
+    return hook(name=name, init=init if callable(init) else _Value(init), **callbacks)
 
 
 def resource(open: Callable[[], AbstractContextManager[Hook]], *, name: str, **declared: Any) -> Hook:  # noqa: A002
@@ -185,7 +207,7 @@ def resource(open: Callable[[], AbstractContextManager[Hook]], *, name: str, **d
     Args:
       open: function without arguments; a frozen record with `__call__` keeps equality and pickle.
       name: unique in a run.
-      declared: `init`, `communicates`, `stops`, `saves`, `reports`, `writes`, `reads`, `rewinds`, see `Hook`.
+      declared: `init`, `communicates`, `stops`, `makes`, `needs`, `outlives`, see `ft.Hook`.
     Example:
       >>> from contextlib import contextmanager
       >>> @contextmanager
@@ -227,6 +249,23 @@ def flatten(hooks: Any) -> tuple[Hook | Gated, ...]:
     if isinstance(hooks, list | tuple):
         return tuple(single for item in hooks for single in flatten(item))
     raise TypeError(f"hooks: got {type(hooks).__name__}, expected ft.hook(...), one of ft.hooks, or a list of them")
+
+
+def gated(single: Hook | Gated) -> Gated:
+    """Return a single hook with its gate, an open one if it has none."""
+    return single if isinstance(single, Gated) else Gated(hook=single)
+
+
+def called(function: Any) -> str:
+    """Return the name of a function, of what a `functools.partial` calls, or else what stands for it.
+
+    Example:
+      >>> called(print), called(partial(print, 1)), called(3)
+      ('print', 'print', '3')
+    """
+    while isinstance(function, partial):
+        function = function.func
+    return str(getattr(function, "__qualname__", repr(function)))
 
 
 @attrs.frozen

@@ -36,13 +36,15 @@ class Stop:
 class Run:
     """What `fit` knows of its own call. Steps must not read it; hooks may; only `ft.stop` changes it.
 
-    `ranks` are the processes that run it together, see `fntrain.core.ranks`.
+    `ranks` are the processes that run it together, see `fntrain.core.ranks`; `outlives` says of which hooks the memory
+    survives a roll-back (see `ft.Hook`).
     """
 
     start_step: int = 0
     max_steps: int | None = None
     stop: Stop | None = None
     ranks: Ranks = attrs.field(default=ALONE, eq=False, repr=False)
+    outlives: Mapping[str, bool | tuple[str, ...]] = attrs.field(factory=dict, eq=False, repr=False)
 
 
 def _view(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -105,6 +107,26 @@ class TrainState:
     def advance(self, **changes: Any) -> "TrainState":
         """Return `replace(**changes)` with step and position one further: what a hand-written step returns."""
         return self.replace(step=self.step + 1, position=self.position + 1, **changes)
+
+    def go_back(self, to: "TrainState") -> "TrainState":
+        """Return an earlier state of the same run, `to`, with what outlives a roll-back as it is now.
+
+        A best checkpoint on disk survives a roll-back, so the memory of its score must too; all other memory is that
+        of then, and so is the position: `state.go_back(to.replace(position=state.position))` skips the data since.
+
+        Args:
+          to: a state that a hook kept (`ft.snapshot`, if steps run in place).
+        Example:
+          >>> start = TrainState(step=0, position=0, seed=0, params={}, hooks={"best": 0.5, "count": 1})
+          >>> now = start.advance(hooks={"best": 0.9, "count": 2}, run=Run(outlives={"best": True}))
+          >>> now.go_back(start).step, dict(now.go_back(start).hooks)
+          (0, {'best': 0.9, 'count': 1})
+        """
+        memory = dict(to.hooks)
+        for name, kept in self.run.outlives.items():
+            now = self.hooks[name]
+            memory[name] = {**memory[name], **{key: now[key] for key in kept}} if isinstance(kept, tuple) else now
+        return to.replace(hooks=memory, run=self.run)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TrainState):

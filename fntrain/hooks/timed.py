@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from fntrain.core.hook import PHASES, AnyHook, Callback, Gated, Hook, compose, flatten, hook, identity, resource
+from fntrain.core.hook import PHASES, AnyHook, Callback, Gated, Hook, called, compose, flatten, hook, identity, resource
 from fntrain.core.state import TrainState
 
 _log = logging.getLogger("fntrain")
@@ -54,6 +54,11 @@ class TimedCallback:
     label: str
     phase: str
 
+    @property
+    def __wrapped__(self) -> Callback:
+        """What it is around, as `inspect.unwrap` finds it."""
+        return self.callback
+
     def __call__(self, state: TrainState) -> TrainState | None:
         begin = time.perf_counter()
         try:
@@ -62,7 +67,7 @@ class TimedCallback:
             self.spent.bill(self.label, self.phase, begin)
 
     def __repr__(self) -> str:
-        return f"timed({getattr(self.callback, '__qualname__', repr(self.callback))})"
+        return f"timed({called(self.callback)})"
 
 
 @attrs.frozen(repr=False)

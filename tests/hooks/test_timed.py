@@ -7,7 +7,6 @@ import signal
 import sys
 from contextlib import contextmanager
 
-import attrs
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -344,7 +343,7 @@ def test_timed_hooks_differ_and_nothing_stays_nothing():
 def test_order_is_checked_as_without_times():
     """What a hook declares (memory, saving, reporting, a place on rank 0) is still known."""
     late = ft.stateful("late", 0, after_step=lambda s: None)
-    saver = attrs.evolve(ft.hook(name="saver"), saves=True)
+    saver = ft.hook(name="saver", needs=[ft.Needs("memory", "would save that memory one step old")])
     with pytest.raises(ValueError, match="'late' has memory and is listed after 'saver'"):
         run([ft.hooks.timed([saver, late])])
     changing = ft.on_main(ft.hook(after_step=lambda s: s.replace(extra={})))

@@ -13,7 +13,7 @@ class Wrapped:
 
     step: StepFn
     fn: StepFn
-    ranks: Ranks = attrs.field(repr=False)
+    ranks: Ranks = attrs.field(eq=False, repr=False)
 
     def __call__(self, state: TrainState, batch: object) -> TrainState:
         return self.fn(state, batch)

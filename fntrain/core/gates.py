@@ -55,8 +55,7 @@ def between(a: int, b: int, hook: AnyHook) -> AnyHook:
     if b < a:
         raise ValueError(f"between: got {a} to {b}, expected a <= b")
     return _gate(
-        hook,
-        lambda one: attrs.evolve(one, first=max(one.first, a), last=b if one.last is None else min(one.last, b)),
+        hook, lambda one: attrs.evolve(one, first=max(one.first, a), last=b if one.last is None else min(one.last, b))
     )
 
 
@@ -72,10 +71,7 @@ def when(predicate: Predicate, hook: AnyHook) -> AnyHook:
     """
     if not callable(predicate):
         raise TypeError(f"predicate: got {type(predicate).__name__}, expected a function of the state")
-    return _gate(
-        hook,
-        lambda one: attrs.evolve(_alone(one, "when"), predicates=(*one.predicates, predicate)),
-    )
+    return _gate(hook, lambda one: attrs.evolve(_alone(one, "when"), predicates=(*one.predicates, predicate)))
 
 
 def on_main(hook: AnyHook) -> AnyHook:
@@ -104,11 +100,8 @@ def at_end(hook: AnyHook) -> AnyHook:
 
 
 def _gate(hook: AnyHook, change: Callable[[Gated], Gated]) -> AnyHook:
-    found = []
-    for single in flatten(hook):
-        one = change(gated(single))
-        found.append(one if one != Gated(hook=one.hook) else one.hook)
-    return compose(*found)
+    changed = [change(gated(single)) for single in flatten(hook)]
+    return compose(*(one if one != Gated(hook=one.hook) else one.hook for one in changed))
 
 
 def _stateless(one: Gated) -> Gated:

@@ -13,7 +13,7 @@ from fntrain.core.hook import AnyHook, Gated, flatten, gated
 from fntrain.core.running import Running, check_order, stopped, with_any_stop
 from fntrain.core.source import END, Positioned
 from fntrain.core.state import Run, StepFn, TrainState
-from fntrain.core.wrap import ranks_of
+from fntrain.core.wrapping import ranks_of
 
 
 def fit(

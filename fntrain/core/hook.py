@@ -13,7 +13,6 @@ import attrs
 
 from fntrain.core import tree
 from fntrain.core.state import TrainState
-from fntrain.core.tree import PyTree
 
 Callback = Callable[[TrainState], TrainState | None]
 Predicate = Callable[[TrainState], bool]
@@ -69,7 +68,7 @@ class Hook:
     after_step: Callback | None = None
     after_train: Callback | None = None
     name: str | None = None
-    init: Callable[[TrainState], PyTree] | None = None
+    init: Callable[[TrainState], tree.PyTree] | None = None
     open: Callable[[], AbstractContextManager["Hook"]] | None = None
     wrap_data: Wrap | None = None
     communicates: bool = False
@@ -177,7 +176,7 @@ def hook(
     return Hook(**phases, name=name, **declared)
 
 
-def stateful(name: str, init: PyTree | Callable[[TrainState], PyTree], **callbacks: Any) -> Hook:
+def stateful(name: str, init: tree.PyTree | Callable[[TrainState], tree.PyTree], **callbacks: Any) -> Hook:
     """Make a hook with memory, kept in `state.hooks[name]` and so in every checkpoint.
 
     Callbacks read it there and write it with `ft.remember(state, name, memory)`.
@@ -272,8 +271,8 @@ def called(function: Any) -> str:
 class _Value:
     """A memory given as a value rather than as a function of the state."""
 
-    value: PyTree
+    value: tree.PyTree
 
-    def __call__(self, state: TrainState) -> PyTree:
+    def __call__(self, state: TrainState) -> tree.PyTree:
         del state
         return tree.clone(self.value)  # each run starts with a memory of its own

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from fntrain.core import ranks as core_ranks
 from fntrain.core.ranks import ALONE, Ranks
 from fntrain.core.state import StepFn
-from fntrain.core.wrap import Wrapped
+from fntrain.core.wrapping import Wrapped
 
 _made: dict[Any, Ranks] = {}
 

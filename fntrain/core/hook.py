@@ -45,28 +45,46 @@ class Needs:
     of: str | None = None
 
 
+def _tuple(needs: Iterable[Needs]) -> tuple[Needs, ...]:
+    return tuple(needs)
+
+
+def _is_callback(_hook: "Hook", phase: "attrs.Attribute[Any]", callback: Any) -> None:
+    if callback is not None and not callable(callback):
+        raise TypeError(f"{phase.name}: got {type(callback).__name__}, expected a function of the state")
+
+
 @attrs.frozen(kw_only=True)
 class Hook:
-    """Callbacks, and what the fold has to know of them; made by `hook`, `stateful` and `resource`.
+    """Callbacks, each `state -> state or None`, and what the fold has to know of them; `ft.hook(...)` makes one.
 
     Args:
-      before_train, before_step, after_step, after_train: callbacks, state -> state or None.
+      before_train, before_step, after_step, after_train: called in list order in every phase. `after_train` runs once,
+        also when a step raised; `state.run.stop` then says so.
       name: unique in a run; needed for memory, shown in errors.
       init: function of the state that makes the memory at the start of a run; None for a hook without memory.
       open: makes a context manager that gives the live hook; for what holds a file or a clock.
       wrap_data: wraps the iterator of batches; for what watches the loading.
       communicates: runs collectives between ranks, so it may be gated by functions of the step only.
-      stops: may ask to stop on one rank and not on the others, which all then have to be asked after each of its steps.
+      stops: False declares that it never asks to stop, or on all ranks alike: several ranks then spare the message by
+        which they agree after each of its steps (0.2 ms between processes of one machine).
       makes: words for what it makes: "metrics" that it reports, "branch" for checkpoints from which the run can be
         resumed, "best" for the best checkpoint, or words of your own.
-      needs: what must come before it, and why: `Needs` records.
+      needs: what must come before it in the list, and why: `ft.Needs` records.
       outlives: whether its memory survives a roll-back (`state.go_back`): True, or the keys of those entries that do.
+    Raises:
+      TypeError: a callback can't be called.
+    Example:
+      >>> hook(after_step=print, name="show")
+      hook('show', after_step=print)
+
+    Source: detectron2's CallbackHook, https://detectron2.readthedocs.io/en/latest/modules/engine.html
     """
 
-    before_train: Callback | None = None
-    before_step: Callback | None = None
-    after_step: Callback | None = None
-    after_train: Callback | None = None
+    before_train: Callback | None = attrs.field(default=None, validator=_is_callback)
+    before_step: Callback | None = attrs.field(default=None, validator=_is_callback)
+    after_step: Callback | None = attrs.field(default=None, validator=_is_callback)
+    after_train: Callback | None = attrs.field(default=None, validator=_is_callback)
     name: str | None = None
     init: Callable[[TrainState], tree.PyTree] | None = None
     open: Callable[[], AbstractContextManager["Hook"]] | None = None
@@ -74,7 +92,7 @@ class Hook:
     communicates: bool = False
     stops: bool = True
     makes: frozenset[str] = attrs.field(default=frozenset(), converter=_words)
-    needs: tuple[Needs, ...] = attrs.field(default=(), converter=tuple)
+    needs: tuple[Needs, ...] = attrs.field(default=(), converter=_tuple)
     outlives: bool | tuple[str, ...] = False
 
     @property
@@ -138,42 +156,9 @@ class Composed:
         return f"compose({', '.join(map(repr, self.hooks))})"
 
 
+hook = Hook  # the name by which a user makes one, as for all other makers of hooks
 AnyHook = Hook | Gated | Composed
 identity = Composed()
-
-
-def hook(
-    *,
-    before_train: Callback | None = None,
-    before_step: Callback | None = None,
-    after_step: Callback | None = None,
-    after_train: Callback | None = None,
-    name: str | None = None,
-    **declared: Any,
-) -> Hook:
-    """Make a hook from callbacks, each `state -> state or None`.
-
-    `after_train` runs once, also when a step raised; `state.run.stop` then says so.
-
-    Args:
-      before_train, before_step, after_step, after_train: called in list order in every phase.
-      name: unique in a run; shown in errors.
-      declared: `communicates=True` if a callback runs collectives between ranks; `stops=False` if none ever asks to
-        stop, or all ranks do alike: several ranks then spare the message by which they agree after each step (0.2 ms
-        between processes of one machine); `makes`, `needs`, `outlives` for its place in the list. See `ft.Hook`.
-    Raises:
-      TypeError: a callback can't be called.
-    Example:
-      >>> hook(after_step=print, name="show")
-      hook('show', after_step=print)
-
-    Source: detectron2's CallbackHook, https://detectron2.readthedocs.io/en/latest/modules/engine.html
-    """
-    phases: dict[str, Any] = dict(zip(PHASES, (before_train, before_step, after_step, after_train), strict=True))
-    for phase, callback in phases.items():
-        if callback is not None and not callable(callback):
-            raise TypeError(f"{phase}: got {type(callback).__name__}, expected a function of the state")
-    return Hook(**phases, name=name, **declared)
 
 
 def stateful(name: str, init: tree.PyTree | Callable[[TrainState], tree.PyTree], **callbacks: Any) -> Hook:
@@ -184,7 +169,7 @@ def stateful(name: str, init: tree.PyTree | Callable[[TrainState], tree.PyTree],
     Args:
       name: unique in a run; the memory is found under it on resume.
       init: memory at the start of a run, or a function of the state that makes it.
-      callbacks: these and what is declared, as for `hook`.
+      callbacks: these and what is declared, as for `ft.hook`.
     Raises:
       ValueError: the name is empty.
     Example:
@@ -206,7 +191,7 @@ def resource(open: Callable[[], AbstractContextManager[Hook]], *, name: str, **d
     Args:
       open: function without arguments; a frozen record with `__call__` keeps equality and pickle.
       name: unique in a run.
-      declared: `init`, `communicates`, `stops`, `makes`, `needs`, `outlives`, see `ft.Hook`.
+      declared: `init`, `communicates`, `stops`, `makes`, `needs`, `outlives`, see `ft.hook`.
     Example:
       >>> from contextlib import contextmanager
       >>> @contextmanager

@@ -22,7 +22,7 @@ def phase_of(live: list[Gated], name: str, ran: dict[int, int] | None = None) ->
 
     def gate(one: Gated) -> Gate | None:
         if ran is None or not one.at_end:
-            return None if one.is_open else one.admits
+            return None if one.is_open else one.admits  # None spares a call for each hook and step
 
         def noting(state: TrainState, number: int) -> bool:
             admitted = one.admits(state, number)

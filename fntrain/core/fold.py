@@ -10,7 +10,7 @@ from typing import Any
 from fntrain.core.callbacks import call
 from fntrain.core.check import whole
 from fntrain.core.hook import AnyHook, Gated, flatten, gated
-from fntrain.core.running import Running, check_order, stopped, with_any_stop
+from fntrain.core.running import Running, check_order, stopped, with_any_stop, with_memory
 from fntrain.core.source import END, Positioned
 from fntrain.core.state import Run, StepFn, TrainState
 from fntrain.core.wrapping import ranks_of
@@ -91,10 +91,10 @@ def _states(
 ) -> Generator[TrainState, None, TrainState]:
     unseen = False  # whether the state was made by a step and not yielded yet
     with Running(singles, state.run.ranks) as run:
-        state = run.open(state, data)
+        run.open(state, data)
         before_step, after_step = run.phase("before_step"), run.phase("after_step")
         try:
-            state = with_any_stop(call(run.phase("before_train"), state))
+            state = with_any_stop(call(run.phase("before_train"), with_memory(state, singles)))
             while not _over(state):
                 batch = run.batches.next(state)
                 if run.data_ended(state, batch):

@@ -18,31 +18,31 @@ from fntrain.core.state import SAVED, Stop, TrainState, named_leaves
 class Running:
     """A run that is open: its hooks as they live, its batches, and what has to be closed, which its block does.
 
-    It holds no state: the fold has the only reference, so that a step can free what it replaces.
+    It holds no state: the fold has the only reference, or the memory of a replaced state could not be freed.
     """
 
     def __init__(self, singles: list[Gated], ranks: Ranks) -> None:
         self.singles = singles
         self.ranks = ranks
         self.live: list[Gated] = []
-        self.ran: dict[int, int] = {}  # for which step a hook that also runs at the end ran last, by its id
-        self.batches = Batches((), [])
+        # For which step a hook that also runs at the end ran last; by its id, as two hooks of a list may be equal.
+        self.ran: dict[int, int] = {}
+        self.batches = Batches((), [])  # so that there is something to close if opening fails
         self.opened: list[AbstractContextManager[Any]] = []
-        # The steps after which ranks agree to stop: those of every hook that may ask for it on one rank alone.
+        # Ranks ask each other whether to stop after the steps at which some hook may have asked for it on one of them.
         may_stop = [one for one in singles if one.hook.stops and not one.main] if ranks.world_size > 1 else []
         self.periods = {one.every for one in may_stop if one.hook.before_step or one.hook.after_step or one.hook.open}
 
     def __enter__(self) -> "Running":
         return self
 
-    def open(self, state: TrainState, data: Any) -> TrainState:
-        """Open hooks and data; returns the state with the memory of just these hooks."""
+    def open(self, state: TrainState, data: Any) -> None:
+        """Open hooks and data, after all ranks have found that they start alike."""
         if self.ranks.world_size > 1:
             _check_alike(state, self.singles, data)
             data = shared(data, self.ranks)
         self.live = [self._opened(one) for one in self.singles]
         self.batches = Batches(data, [one.hook.wrap_data for one in self.live if one.hook.wrap_data])
-        return _with_memory(state, self.singles)
 
     def _opened(self, one: Gated) -> Gated:
         """The live form of a hook that holds a resource."""
@@ -106,6 +106,7 @@ class Running:
                     state = call([(one, callback, None)], state) if callback else state
                 except BaseException as later:
                     first = _noted(first, later)
+                    # The others wait in a collective of this hook: one of the next hook would meet that one.
                     silent |= one.hook.communicates and several
                     if silent:
                         break
@@ -212,7 +213,7 @@ def _check_alike(state: TrainState, singles: list[Gated], data: Any) -> None:
                 )
 
 
-def _with_memory(state: TrainState, singles: list[Gated]) -> TrainState:
+def with_memory(state: TrainState, singles: list[Gated]) -> TrainState:
     """Start the memory of new hooks, drop that of hooks which are no longer there."""
     memory = {}
     for single in singles:
@@ -220,7 +221,7 @@ def _with_memory(state: TrainState, singles: list[Gated]) -> TrainState:
         if name is not None and init is not None:
             memory[name] = state.hooks[name] if name in state.hooks else init(state)
     if gone := sorted(state.hooks.keys() - memory.keys()):
-        warnings.warn(f"state.hooks: dropped the memory of {gone}: no hook of that name is in this run", stacklevel=5)
+        warnings.warn(f"state.hooks: dropped the memory of {gone}: no hook of that name is in this run", stacklevel=4)
     return state.replace(hooks=memory) if memory or state.hooks else state
 
 

@@ -492,6 +492,14 @@ def test_a_step_can_not_change_the_run_record():
     assert final.step == 3 and final.run.max_steps == 3
 
 
+def test_memory_that_can_not_be_made_ends_the_run_as_other_errors_do():
+    """after_train of the hooks runs, and what was opened is closed."""
+    log, files = [], Files()
+    with pytest.raises(ZeroDivisionError):
+        fit([ft.stateful("n", lambda state: 1 / 0), recorder(log, "other"), files.hook("a")])
+    assert log == [("after_train", "other", 0)] and files.log == ["open a", "close a"]
+
+
 def test_memory_given_as_a_value_is_new_in_every_run():
     """An initial tensor written to by one run is not what the next one starts with."""
     hook = ft.stateful("n", torch.zeros(()), after_step=lambda s: s.hooks["n"].add_(1) and None)

@@ -4,14 +4,14 @@ from collections.abc import Callable
 
 import attrs
 
-from fntrain.core.hook import Callback, Gated, called
+from fntrain.core.hook import Callback, Hook, called
 from fntrain.core.state import TrainState
 
 Gate = Callable[[TrainState, int], bool]
-Phase = list[tuple[Gated, Callback, Gate | None]]
+Phase = list[tuple[Hook, Callback, Gate | None]]
 
 
-def phase_of(live: list[Gated], name: str, ran: dict[int, int] | None = None) -> Phase:
+def phase_of(live: list[Hook], name: str, ran: dict[int, int] | None = None) -> Phase:
     """List the callbacks of a phase with their gates.
 
     Args:
@@ -20,7 +20,7 @@ def phase_of(live: list[Gated], name: str, ran: dict[int, int] | None = None) ->
       ran: where hooks that also run at the end write down, by their id, for which step they ran last.
     """
 
-    def gate(one: Gated) -> Gate | None:
+    def gate(one: Hook) -> Gate | None:
         if ran is None or not one.at_end:
             return None if one.is_open else one.admits  # None spares a call for each hook and step
 
@@ -32,7 +32,7 @@ def phase_of(live: list[Gated], name: str, ran: dict[int, int] | None = None) ->
 
         return noting
 
-    callbacks = [(one, getattr(one.hook, name)) for one in live]
+    callbacks = [(one, getattr(one, name)) for one in live]
     return [(one, callback, gate(one)) for one, callback in callbacks if callback is not None]
 
 
@@ -55,19 +55,19 @@ def call(phase: Phase, state: TrainState, offset: int | None = None, numbers: li
                         numbers.append(new.step + (offset or 0))
                     state = new
         except BaseException as error:
-            error.add_note(f"in {called(callback)} of hook {one.hook.name or one.hook!r}, at step {state.step}")
+            error.add_note(f"in {called(callback)} of hook {one.name or one!r}, at step {state.step}")
             raise
     return state
 
 
-def _accepted(one: Gated, old: TrainState, new: TrainState) -> TrainState:
+def _accepted(one: Hook, old: TrainState, new: TrainState) -> TrainState:
     """A hook's new state, if it is one it may return. `run` belongs to the fold: a stop may be added, not undone."""
     if not isinstance(new, TrainState):
-        raise TypeError(f"{one.hook!r}: returned {type(new).__name__}, expected a TrainState or None")
+        raise TypeError(f"{one!r}: returned {type(new).__name__}, expected a TrainState or None")
     if one.main:
         for field in attrs.fields(TrainState):
             if field.name != "metrics" and getattr(new, field.name) is not getattr(old, field.name):
-                raise ValueError(f"on_main: {one.hook!r} changed {field.name}; on one rank only metrics may change")
+                raise ValueError(f"on_main: {one!r} changed {field.name}; on one rank only metrics may change")
     if new.run is old.run:
         return new
     asked = new.run.stop

@@ -9,7 +9,7 @@ from typing import Any
 
 from fntrain.core.callbacks import call
 from fntrain.core.check import whole
-from fntrain.core.hook import AnyHook, Gated, flatten, gated
+from fntrain.core.hook import AnyHook, Hook, flatten
 from fntrain.core.running import Running, check_order, stopped, with_any_stop, with_memory
 from fntrain.core.source import END, Positioned
 from fntrain.core.state import Run, StepFn, TrainState
@@ -77,17 +77,17 @@ def states(
     if not isinstance(state, TrainState):
         raise TypeError(f"state: got {type(state).__name__}, expected a TrainState (ft.init_state makes one)")
     max_steps = max_steps if max_steps is None else whole("max_steps", max_steps, 0)
-    singles = [gated(single) for single in flatten(hooks if isinstance(hooks, AnyHook) else list(hooks))]
+    singles = list(flatten(hooks if isinstance(hooks, AnyHook) else list(hooks)))
     check_order(singles)
     ranks = ranks_of(step_fn)
     mine = [single for single in singles if ranks.rank == 0 or not single.main]
-    outlives = {one.hook.name: one.hook.outlives for one in mine if one.hook.name and one.hook.outlives}
+    outlives = {one.name: one.outlives for one in mine if one.name and one.outlives}
     run = Run(start_step=state.step, max_steps=max_steps, ranks=ranks, outlives=outlives)
     return _states(step_fn, mine, state.replace(run=run), data)
 
 
 def _states(
-    step_fn: StepFn, singles: list[Gated], state: TrainState, data: Positioned | Iterable[Any]
+    step_fn: StepFn, singles: list[Hook], state: TrainState, data: Positioned | Iterable[Any]
 ) -> Generator[TrainState, None, TrainState]:
     unseen = False  # whether the state was made by a step and not yielded yet
     with Running(singles, state.run.ranks) as run:

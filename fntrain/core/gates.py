@@ -1,7 +1,7 @@
 """Gates: combinators that take hooks and give hooks which run at some steps, or on one rank, only.
 
-They push inwards to the single hook and merge there, which is why the laws hold by `==`: every(a, every(b, h)) is
-every(lcm(a, b), h), different gates commute, and they distribute over `compose`.
+They push inwards to the single hook and merge in its fields, which is why the laws hold by `==`: every(a, every(b, h))
+is every(lcm(a, b), h), different gates commute, and they distribute over `compose`.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Callable
 import attrs
 
 from fntrain.core.check import whole
-from fntrain.core.hook import AnyHook, Gated, Predicate, compose, flatten, gated
+from fntrain.core.hook import AnyHook, Hook, Predicate, compose, flatten
 
 
 def every(n: int, hook: AnyHook) -> AnyHook:
@@ -99,24 +99,23 @@ def at_end(hook: AnyHook) -> AnyHook:
     return _gate(hook, lambda one: attrs.evolve(one, at_end=True))
 
 
-def _gate(hook: AnyHook, change: Callable[[Gated], Gated]) -> AnyHook:
-    changed = [change(gated(single)) for single in flatten(hook)]
-    return compose(*(one if one != Gated(hook=one.hook) else one.hook for one in changed))
+def _gate(hook: AnyHook, change: Callable[[Hook], Hook]) -> AnyHook:
+    return compose(*map(change, flatten(hook)))
 
 
-def _stateless(one: Gated) -> Gated:
-    if one.hook.init is not None:
-        raise ValueError(f"on_main: {one.hook!r} has memory, which is part of the state and must be alike on all ranks")
+def _stateless(one: Hook) -> Hook:
+    if one.init is not None:
+        raise ValueError(f"on_main: {one!r} has memory, which is part of the state and must be alike on all ranks")
     return one
 
 
-def _alone(one: Gated, gate: str) -> Gated:
-    if one.hook.communicates:
+def _alone(one: Hook, gate: str) -> Hook:
+    if one.communicates:
         advice = "gate it by every, first or between, or decide inside the function that it calls"
         if gate == "on_main":
             advice = "leave on_main out: what one rank is enough for, such as writing, it does on rank 0 only"
         raise ValueError(
-            f"{gate}: {one.hook!r} communicates between ranks, so wherever there are several all must run it at the "
+            f"{gate}: {one!r} communicates between ranks, so wherever there are several all must run it at the "
             f"same steps; {advice}"
         )
     return one

@@ -72,6 +72,7 @@ class Hook:
         resumed, "best" for the best checkpoint, or words of your own.
       needs: what must come before it in the list, and why: `ft.Needs` records.
       outlives: whether its memory survives a roll-back (`state.go_back`): True, or the keys of those entries that do.
+      every, first, last, predicates, main, at_end: when its step callbacks run; the gates (`ft.every`, ...) set them.
     Raises:
       TypeError: a callback can't be called.
     Example:
@@ -94,25 +95,6 @@ class Hook:
     makes: frozenset[str] = attrs.field(default=frozenset(), converter=_words)
     needs: tuple[Needs, ...] = attrs.field(default=(), converter=_tuple)
     outlives: bool | tuple[str, ...] = False
-
-    @property
-    def made(self) -> frozenset[str]:
-        """What others may need: `makes`, "memory" if it has one, and "lasting memory" if that outlives a roll-back."""
-        memory = {"memory"} if self.init is not None else set()
-        return self.makes | memory | ({"lasting memory"} if self.outlives else set())
-
-    def __repr__(self) -> str:
-        if self.open is not None:
-            return repr(self.open)
-        callbacks = [f"{phase}={called(getattr(self, phase))}" for phase in PHASES if getattr(self, phase)]
-        return f"hook({', '.join([repr(self.name), *callbacks] if self.name else callbacks)})"
-
-
-@attrs.frozen(kw_only=True, repr=False)
-class Gated:
-    """One hook and when its step callbacks run; made by the gates, which merge into it."""
-
-    hook: Hook
     every: int = 1
     first: int = 1
     last: int | None = None
@@ -120,8 +102,14 @@ class Gated:
     main: bool = False
     at_end: bool = False
 
+    @property
+    def made(self) -> frozenset[str]:
+        """What others may need: `makes`, "memory" if it has one, and "lasting memory" if that outlives a roll-back."""
+        memory = {"memory"} if self.init is not None else set()
+        return self.makes | memory | ({"lasting memory"} if self.outlives else set())
+
     def admits(self, state: TrainState, number: int) -> bool:
-        """Tell whether the gate is open for step `number`."""
+        """Tell whether its gates are open for step `number`."""
         return (
             number % self.every == 0
             and number >= self.first
@@ -135,7 +123,9 @@ class Gated:
         return self.every == 1 and self.first == 1 and self.last is None and not self.predicates
 
     def __repr__(self) -> str:
-        text = repr(self.hook)
+        callbacks = [f"{phase}={called(getattr(self, phase))}" for phase in PHASES if getattr(self, phase)]
+        text = f"hook({', '.join([repr(self.name), *callbacks] if self.name else callbacks)})"
+        text = text if self.open is None else repr(self.open)
         if self.every != 1:
             text = f"every({self.every}, {text})"
         if self.first != 1 or self.last is not None:
@@ -146,18 +136,22 @@ class Gated:
         return f"at_end({text})" if self.at_end else text
 
 
+# Fields by which gates say when step callbacks run, as they are without any gate.
+UNGATED: dict[str, Any] = {"every": 1, "first": 1, "last": None, "predicates": (), "main": False, "at_end": False}
+
+
 @attrs.frozen(repr=False)
 class Composed:
     """Several hooks in order; made by `compose`, always flat."""
 
-    hooks: tuple["Hook | Gated", ...] = ()
+    hooks: tuple[Hook, ...] = ()
 
     def __repr__(self) -> str:
         return f"compose({', '.join(map(repr, self.hooks))})"
 
 
 hook = Hook  # the name by which a user makes one, as for all other makers of hooks
-AnyHook = Hook | Gated | Composed
+AnyHook = Hook | Composed
 identity = Composed()
 
 
@@ -216,7 +210,7 @@ def compose(*hooks: AnyHook) -> AnyHook:
     return flat[0] if len(flat) == 1 else Composed(flat)
 
 
-def flatten(hooks: Any) -> tuple[Hook | Gated, ...]:
+def flatten(hooks: Any) -> tuple[Hook, ...]:
     """List the single hooks of nested sequences and compositions, in order.
 
     Raises:
@@ -226,18 +220,13 @@ def flatten(hooks: Any) -> tuple[Hook | Gated, ...]:
       >>> flatten([h, compose(h, h)]) == (h, h, h)
       True
     """
-    if isinstance(hooks, Hook | Gated):
+    if isinstance(hooks, Hook):
         return (hooks,)
     if isinstance(hooks, Composed):
         return hooks.hooks
     if isinstance(hooks, list | tuple):
         return tuple(single for item in hooks for single in flatten(item))
     raise TypeError(f"hooks: got {type(hooks).__name__}, expected ft.hook(...), one of ft.hooks, or a list of them")
-
-
-def gated(single: Hook | Gated) -> Gated:
-    """Return a single hook with its gate, an open one if it has none."""
-    return single if isinstance(single, Gated) else Gated(hook=single)
 
 
 def called(function: Any) -> str:

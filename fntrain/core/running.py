@@ -9,7 +9,7 @@ import attrs
 
 from fntrain.core import tree
 from fntrain.core.callbacks import Phase, call, phase_of
-from fntrain.core.hook import PHASES, Gated, Hook, Needs
+from fntrain.core.hook import PHASES, UNGATED, Hook, Needs
 from fntrain.core.ranks import Ranks
 from fntrain.core.source import END, Batches, shared
 from fntrain.core.state import SAVED, Stop, TrainState, named_leaves
@@ -21,17 +21,17 @@ class Running:
     It holds no state: the fold has the only reference, or the memory of a replaced state could not be freed.
     """
 
-    def __init__(self, singles: list[Gated], ranks: Ranks) -> None:
+    def __init__(self, singles: list[Hook], ranks: Ranks) -> None:
         self.singles = singles
         self.ranks = ranks
-        self.live: list[Gated] = []
+        self.live: list[Hook] = []
         # For which step a hook that also runs at the end ran last; by its id, as two hooks of a list may be equal.
         self.ran: dict[int, int] = {}
         self.batches = Batches((), [])  # so that there is something to close if opening fails
         self.opened: list[AbstractContextManager[Any]] = []
         # Ranks ask each other whether to stop after the steps at which some hook may have asked for it on one of them.
-        may_stop = [one for one in singles if one.hook.stops and not one.main] if ranks.world_size > 1 else []
-        self.periods = {one.every for one in may_stop if one.hook.before_step or one.hook.after_step or one.hook.open}
+        may_stop = [one for one in singles if one.stops and not one.main] if ranks.world_size > 1 else []
+        self.periods = {one.every for one in may_stop if one.before_step or one.after_step or one.open}
 
     def __enter__(self) -> "Running":
         return self
@@ -42,23 +42,24 @@ class Running:
             _check_alike(state, self.singles, data)
             data = shared(data, self.ranks)
         self.live = [self._opened(one) for one in self.singles]
-        self.batches = Batches(data, [one.hook.wrap_data for one in self.live if one.hook.wrap_data])
+        self.batches = Batches(data, [one.wrap_data for one in self.live if one.wrap_data])
 
-    def _opened(self, one: Gated) -> Gated:
+    def _opened(self, one: Hook) -> Hook:
         """The live form of a hook that holds a resource."""
-        if one.hook.open is None:
+        if one.open is None:
             return one
         try:
-            manager = one.hook.open()
+            manager = one.open()
             live = manager.__enter__()
             self.opened.append(manager)
-            if not isinstance(live, Hook):
-                raise TypeError(f"open() gave {type(live).__name__}, expected ft.hook(...)")
+            if not isinstance(live, Hook) or live != attrs.evolve(live, **UNGATED):
+                given = repr(live) if isinstance(live, Hook) else type(live).__name__
+                raise TypeError(f"open() gave {given}, expected ft.hook(...); put gates around the resource")
         except BaseException as error:
-            error.add_note(f"while opening hook {one.hook.name!r}")
+            error.add_note(f"while opening hook {one.name!r}")
             raise
         callbacks = {name: getattr(live, name) for name in (*PHASES, "wrap_data")}
-        return attrs.evolve(one, hook=attrs.evolve(one.hook, open=None, **callbacks))
+        return attrs.evolve(one, open=None, **callbacks)
 
     def phase(self, name: str) -> Phase:
         """List the callbacks of a phase with their gates."""
@@ -95,35 +96,33 @@ class Running:
         several = self.ranks.world_size > 1
         silent = error is not None and several  # other ranks may not answer any more
         for one in self.live:
-            if silent and first is not None and one.hook.communicates:
-                first.add_note(
-                    f"after_train of hook {one.hook.name!r} was skipped: other ranks may not answer any more"
-                )
+            if silent and first is not None and one.communicates:
+                first.add_note(f"after_train of hook {one.name!r} was skipped: other ranks may not answer any more")
                 continue
             due = one.at_end and error is None and self._due_at_end(one, last, state)
-            for callback in (one.hook.after_step if due else None, one.hook.after_train):
+            for callback in (one.after_step if due else None, one.after_train):
                 try:
                     state = call([(one, callback, None)], state) if callback else state
                 except BaseException as later:
                     first = _noted(first, later)
                     # The others wait in a collective of this hook: one of the next hook would meet that one.
-                    silent |= one.hook.communicates and several
+                    silent |= one.communicates and several
                     if silent:
                         break
         if error is not first and first is not None:
             raise first
         return state
 
-    def _due_at_end(self, one: Gated, last: TrainState, state: TrainState) -> bool:
+    def _due_at_end(self, one: Hook, last: TrainState, state: TrainState) -> bool:
         """Whether an at_end hook has not seen this state: the last step, and what hooks changed after it."""
         stop = last.run.stop
-        if last.step == last.run.start_step or (stop and stop.at_once and "branch" not in one.hook.makes):
+        if last.step == last.run.start_step or (stop and stop.at_once and "branch" not in one.makes):
             return False
         if self.ran.get(id(one)) != last.step:
             return True
         changed = any(_differ(getattr(state, name), getattr(last, name)) for name in SAVED)
         # Of a state in parts, the part of one rank may be as it was; a whole one is the same on all ranks.
-        return bool(self.ranks.max(changed)) if self.ranks.sharded and one.hook.communicates else changed
+        return bool(self.ranks.max(changed)) if self.ranks.sharded and one.communicates else changed
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -157,13 +156,12 @@ def with_any_stop(state: TrainState) -> TrainState:
     return state.replace(run=attrs.evolve(state.run, stop=attrs.evolve(first, reason=reason, at_once=at_once)))
 
 
-def check_order(singles: list[Gated]) -> None:
+def check_order(hooks: list[Hook]) -> None:
     """Refuse two hooks of one name, and a list in which a hook comes after one that needs what it makes.
 
     Raises:
       ValueError: names both hooks, says why the order matters, and what to do.
     """
-    hooks = [single.hook for single in singles]
     names = [hook.name for hook in hooks if hook.name is not None]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"hooks: two hooks are named {', '.join(twice)}; give each a name of its own (name=...)")
@@ -191,13 +189,13 @@ def _too_late(late: Hook, early: Hook, need: Needs) -> str:
     )
 
 
-def _check_alike(state: TrainState, singles: list[Gated], data: Any) -> None:
+def _check_alike(state: TrainState, singles: list[Hook], data: Any) -> None:
     """Refuse ranks that would do different things, and so wait for each other for ever."""
     common = [single for single in singles if not single.main]
     mine = {
         "max_steps": state.run.max_steps,
         "data": getattr(data, "order", None),
-        "hooks": [f"{one.hook.name} every {one.every} from {one.first} to {one.last}" for one in common],
+        "hooks": [f"{one.name} every {one.every} from {one.first} to {one.last}" for one in common],
         **{f"state.{leaf}": tree.brief(value) for leaf, value in named_leaves(state)},
     }
     ranks = state.run.ranks
@@ -213,11 +211,11 @@ def _check_alike(state: TrainState, singles: list[Gated], data: Any) -> None:
                 )
 
 
-def with_memory(state: TrainState, singles: list[Gated]) -> TrainState:
+def with_memory(state: TrainState, singles: list[Hook]) -> TrainState:
     """Start the memory of new hooks, drop that of hooks which are no longer there."""
     memory = {}
     for single in singles:
-        name, init = single.hook.name, single.hook.init
+        name, init = single.name, single.init
         if name is not None and init is not None:
             memory[name] = state.hooks[name] if name in state.hooks else init(state)
     if gone := sorted(state.hooks.keys() - memory.keys()):

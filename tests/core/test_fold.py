@@ -513,3 +513,6 @@ def test_a_resource_that_opens_nothing_is_named():
     with pytest.raises(TypeError, match=r"open\(\) gave NoneType") as caught:
         fit([ft.resource(nullcontext, name="empty")])
     assert "while opening hook 'empty'" in caught.value.__notes__
+    gated = ft.every(2, ft.hook(after_step=print))  # its gate would be lost
+    with pytest.raises(TypeError, match=r"open\(\) gave every\(2, .*put gates around the resource"):
+        fit([ft.resource(lambda: nullcontext(gated), name="gated")])

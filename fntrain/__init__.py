@@ -21,9 +21,10 @@ from fntrain.core.errors import (
 )
 from fntrain.core.fold import fit, states
 from fntrain.core.gates import at_end, between, every, first, on_main, when
-from fntrain.core.hook import Hook, compose, hook, identity, resource, stateful
+from fntrain.core.hook import Hook, Needs, compose, hook, identity, resource, stateful
 from fntrain.core.rng import fold_in, preserved_generators, seed_generators
 from fntrain.core.state import Run, StepFn, Stop, TrainState, digest, named_leaves, remember, snapshot, stop
+from fntrain.core.wrapping import wrap
 from fntrain.evaluation import Evaluation, evaluation
 from fntrain.events import name_scope, put_histogram, put_image, put_scalar, put_scalars, put_text
 from fntrain.lazy import exported_later
@@ -55,6 +56,7 @@ __all__ = [
     "Job",
     "LaunchError",
     "MissingExtraError",
+    "Needs",
     "NonFiniteError",
     "Optimizer",
     "Predictor",
@@ -122,6 +124,7 @@ __all__ = [
     "to_dict",
     "weighted",
     "when",
+    "wrap",
     "writers",
 ]
 

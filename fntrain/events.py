@@ -7,44 +7,33 @@ for the duration of one forward; outside of one, reporting is an error.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
-Combine = Literal["mean", "sum", "max", "min"]
-Reduce = Literal[Combine, "same"]
-Smooth = Literal["median", "latest", "sum", "each"]
-Scalar = Tensor | float
+from fntrain.core.metrics import Combine, MetricName, Reduce, Scalar, Smooth
 
-
-class MetricName(str):
-    """A metric's name that also says how its values combine and how writers show them.
-
-    It equals the plain string, so `state.metrics["lr"]` finds it. A plain string means ("mean", "median").
-
-    Args:
-      reduce: how values of micro-batches and ranks combine; "same": they are the same on all ranks already.
-      smooth: writers show the window "median", the "latest" value, the "sum" of the period, or "each" at its own step.
-    Example:
-      >>> name = MetricName("lr", smooth="latest")
-      >>> name == "lr", name.reduce, name.smooth
-      (True, 'mean', 'latest')
-    """
-
-    __slots__ = ("reduce", "smooth")
-    reduce: Reduce
-    smooth: Smooth
-
-    def __new__(cls, name: str, reduce: Reduce = "mean", smooth: Smooth = "median") -> "MetricName":
-        self = super().__new__(cls, name)
-        self.reduce = reduce
-        self.smooth = smooth
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return MetricName, (str(self), self.reduce, self.smooth)
+__all__ = [
+    "Collector",
+    "Combine",
+    "Histogram",
+    "Image",
+    "MetricName",
+    "Reduce",
+    "Scalar",
+    "Smooth",
+    "Text",
+    "collecting",
+    "merge",
+    "name_scope",
+    "put_histogram",
+    "put_image",
+    "put_scalar",
+    "put_scalars",
+    "put_text",
+]
 
 
 @attrs.frozen(eq=False)

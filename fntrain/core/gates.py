@@ -1,7 +1,7 @@
 """Gates: combinators that take hooks and give hooks which run at some steps, or on one rank, only.
 
-They push inwards to the single hook and merge there, which is why the laws hold by `==`: every(a, every(b, h)) is
-every(lcm(a, b), h), different gates commute, and they distribute over `compose`.
+They push inwards to the single hook and merge in its fields, which is why the laws hold by `==`: every(a, every(b, h))
+is every(lcm(a, b), h), different gates commute, and they distribute over `compose`.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Callable
 import attrs
 
 from fntrain.core.check import whole
-from fntrain.core.hook import AnyHook, Gated, Predicate, compose, flatten
+from fntrain.core.hook import AnyHook, Hook, Predicate, compose, flatten
 
 
 def every(n: int, hook: AnyHook) -> AnyHook:
@@ -55,8 +55,7 @@ def between(a: int, b: int, hook: AnyHook) -> AnyHook:
     if b < a:
         raise ValueError(f"between: got {a} to {b}, expected a <= b")
     return _gate(
-        hook,
-        lambda one: attrs.evolve(one, first=max(one.first, a), last=b if one.last is None else min(one.last, b)),
+        hook, lambda one: attrs.evolve(one, first=max(one.first, a), last=b if one.last is None else min(one.last, b))
     )
 
 
@@ -72,10 +71,7 @@ def when(predicate: Predicate, hook: AnyHook) -> AnyHook:
     """
     if not callable(predicate):
         raise TypeError(f"predicate: got {type(predicate).__name__}, expected a function of the state")
-    return _gate(
-        hook,
-        lambda one: attrs.evolve(_alone(one, "when"), predicates=(*one.predicates, predicate)),
-    )
+    return _gate(hook, lambda one: attrs.evolve(_alone(one, "when"), predicates=(*one.predicates, predicate)))
 
 
 def on_main(hook: AnyHook) -> AnyHook:
@@ -93,7 +89,8 @@ def on_main(hook: AnyHook) -> AnyHook:
 def at_end(hook: AnyHook) -> AnyHook:
     """Also run a hook's after_step at the end of training, if the last step did not run it already.
 
-    It overrides every other gate, `when` too. Not when a step raised, and not when `fit` had no step to do.
+    It overrides every other gate, `when` too. It runs once more if `after_train` or at_end of hooks before it changed
+    the state since: a checkpoint is then saved again. Not when a step raised, and not when `fit` had no step to do.
 
     Example:
       >>> at_end(every(100, ft.hook(after_step=print)))
@@ -102,27 +99,23 @@ def at_end(hook: AnyHook) -> AnyHook:
     return _gate(hook, lambda one: attrs.evolve(one, at_end=True))
 
 
-def _gate(hook: AnyHook, change: Callable[[Gated], Gated]) -> AnyHook:
-    gated = []
-    for single in flatten(hook):
-        one = change(single if isinstance(single, Gated) else Gated(hook=single))
-        gated.append(one if one != Gated(hook=one.hook) else one.hook)
-    return compose(*gated)
+def _gate(hook: AnyHook, change: Callable[[Hook], Hook]) -> AnyHook:
+    return compose(*map(change, flatten(hook)))
 
 
-def _stateless(one: Gated) -> Gated:
-    if one.hook.init is not None:
-        raise ValueError(f"on_main: {one.hook!r} has memory, which is part of the state and must be alike on all ranks")
+def _stateless(one: Hook) -> Hook:
+    if one.init is not None:
+        raise ValueError(f"on_main: {one!r} has memory, which is part of the state and must be alike on all ranks")
     return one
 
 
-def _alone(one: Gated, gate: str) -> Gated:
-    if one.hook.communicates:
+def _alone(one: Hook, gate: str) -> Hook:
+    if one.communicates:
         advice = "gate it by every, first or between, or decide inside the function that it calls"
         if gate == "on_main":
             advice = "leave on_main out: what one rank is enough for, such as writing, it does on rank 0 only"
         raise ValueError(
-            f"{gate}: {one.hook!r} communicates between ranks, so wherever there are several all must run it at the "
+            f"{gate}: {one!r} communicates between ranks, so wherever there are several all must run it at the "
             f"same steps; {advice}"
         )
     return one

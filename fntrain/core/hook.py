@@ -4,15 +4,15 @@ A callback takes the state and returns a new one, or None for no change. Everyth
 print and (where their callbacks do) pickle.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import attrs
 
 from fntrain.core import tree
 from fntrain.core.state import TrainState
-from fntrain.core.tree import PyTree
 
 Callback = Callable[[TrainState], TrainState | None]
 Predicate = Callable[[TrainState], bool]
@@ -20,54 +20,81 @@ Wrap = Callable[[Iterator[Any]], Iterator[Any]]
 PHASES = ("before_train", "before_step", "after_step", "after_train")
 
 
-@attrs.frozen(kw_only=True)
-class Hook:
-    """Callbacks, and what the fold has to know of them; made by `hook`, `stateful` and `resource`.
+def _words(words: str | Iterable[str]) -> frozenset[str]:
+    return frozenset({words} if isinstance(words, str) else words)
+
+
+@attrs.frozen
+class Needs:
+    """What must come before a hook in the list of hooks, and why.
 
     Args:
-      before_train, before_step, after_step, after_train: callbacks, state -> state or None.
+      what: a word that other hooks have in `made`; every hook that has it must come before.
+      reason: what would go wrong otherwise; it goes on after "which" in the error.
+      but: hooks that have one of these words too may come after all the same.
+      of: name of the one hook that it is needed of, which then must be there; `reason` goes on after the name of the
+        hook that needs it.
+    Example:
+      >>> Needs("metrics", "would not see them").but
+      frozenset()
+    """
+
+    what: str
+    reason: str
+    but: frozenset[str] = attrs.field(default=frozenset(), converter=_words)
+    of: str | None = None
+
+
+def _tuple(needs: Iterable[Needs]) -> tuple[Needs, ...]:
+    return tuple(needs)
+
+
+def _is_callback(_hook: "Hook", phase: "attrs.Attribute[Any]", callback: Any) -> None:
+    if callback is not None and not callable(callback):
+        raise TypeError(f"{phase.name}: got {type(callback).__name__}, expected a function of the state")
+
+
+@attrs.frozen(kw_only=True)
+class Hook:
+    """Callbacks, each `state -> state or None`, and what the fold has to know of them; `ft.hook(...)` makes one.
+
+    Args:
+      before_train, before_step, after_step, after_train: called in list order in every phase. `after_train` runs once,
+        also when a step raised; `state.run.stop` then says so.
       name: unique in a run; needed for memory, shown in errors.
       init: function of the state that makes the memory at the start of a run; None for a hook without memory.
       open: makes a context manager that gives the live hook; for what holds a file or a clock.
       wrap_data: wraps the iterator of batches; for what watches the loading.
       communicates: runs collectives between ranks, so it may be gated by functions of the step only.
-      stops: may ask to stop on one rank and not on the others, which all then have to be asked after each of its steps.
-      saves: writes the state to disk, so hooks with memory must come before it.
-      reports: adds to the metrics, so it must come before hooks that write them.
-      writes: hands the metrics on.
-      reads: name of a hook whose memory it reads, which must come before it.
-      rewinds: may go back to an earlier state, so hooks with memory must come before it, or would count steps twice.
+      stops: False declares that it never asks to stop, or on all ranks alike: several ranks then spare the message by
+        which they agree after each of its steps (0.2 ms between processes of one machine).
+      makes: words for what it makes: "metrics" that it reports, "branch" for checkpoints from which the run can be
+        resumed, "best" for the best checkpoint, or words of your own.
+      needs: what must come before it in the list, and why: `ft.Needs` records.
+      outlives: whether its memory survives a roll-back (`state.go_back`): True, or the keys of those entries that do.
+      every, first, last, predicates, main, at_end: when its step callbacks run; the gates (`ft.every`, ...) set them.
+    Raises:
+      TypeError: a callback can't be called.
+    Example:
+      >>> hook(after_step=print, name="show")
+      hook('show', after_step=print)
+
+    Source: detectron2's CallbackHook, https://detectron2.readthedocs.io/en/latest/modules/engine.html
     """
 
-    before_train: Callback | None = None
-    before_step: Callback | None = None
-    after_step: Callback | None = None
-    after_train: Callback | None = None
+    before_train: Callback | None = attrs.field(default=None, validator=_is_callback)
+    before_step: Callback | None = attrs.field(default=None, validator=_is_callback)
+    after_step: Callback | None = attrs.field(default=None, validator=_is_callback)
+    after_train: Callback | None = attrs.field(default=None, validator=_is_callback)
     name: str | None = None
-    init: Callable[[TrainState], PyTree] | None = None
+    init: Callable[[TrainState], tree.PyTree] | None = None
     open: Callable[[], AbstractContextManager["Hook"]] | None = None
     wrap_data: Wrap | None = None
     communicates: bool = False
     stops: bool = True
-    saves: bool = False
-    reports: bool = False
-    writes: bool = False
-    reads: str | None = None
-    rewinds: bool = False
-
-    def __repr__(self) -> str:
-        shown = [repr(self.name)] if self.name else []
-        for phase in PHASES:
-            if callback := getattr(self, phase):
-                shown.append(f"{phase}={getattr(callback, '__qualname__', repr(callback))}")
-        return f"hook({', '.join(shown)})" if self.open is None else repr(self.open)
-
-
-@attrs.frozen(kw_only=True, repr=False)
-class Gated:
-    """One hook and when its step callbacks run; made by the gates below, which merge into it."""
-
-    hook: Hook
+    makes: frozenset[str] = attrs.field(default=frozenset(), converter=_words)
+    needs: tuple[Needs, ...] = attrs.field(default=(), converter=_tuple)
+    outlives: bool | tuple[str, ...] = False
     every: int = 1
     first: int = 1
     last: int | None = None
@@ -75,8 +102,14 @@ class Gated:
     main: bool = False
     at_end: bool = False
 
+    @property
+    def made(self) -> frozenset[str]:
+        """What others may need: `makes`, "memory" if it has one, and "lasting memory" if that outlives a roll-back."""
+        memory = {"memory"} if self.init is not None else set()
+        return self.makes | memory | ({"lasting memory"} if self.outlives else set())
+
     def admits(self, state: TrainState, number: int) -> bool:
-        """Tell whether the gate is open for step `number`."""
+        """Tell whether its gates are open for step `number`."""
         return (
             number % self.every == 0
             and number >= self.first
@@ -90,72 +123,39 @@ class Gated:
         return self.every == 1 and self.first == 1 and self.last is None and not self.predicates
 
     def __repr__(self) -> str:
-        text = repr(self.hook)
+        callbacks = [f"{phase}={called(getattr(self, phase))}" for phase in PHASES if getattr(self, phase)]
+        text = f"hook({', '.join([repr(self.name), *callbacks] if self.name else callbacks)})"
+        text = text if self.open is None else repr(self.open)
         if self.every != 1:
             text = f"every({self.every}, {text})"
         if self.first != 1 or self.last is not None:
             text = f"between({self.first}, {self.last}, {text})"
         for predicate in self.predicates:
-            text = f"when({getattr(predicate, '__qualname__', repr(predicate))}, {text})"
+            text = f"when({called(predicate)}, {text})"
         text = f"on_main({text})" if self.main else text
         return f"at_end({text})" if self.at_end else text
+
+
+# Fields by which gates say when step callbacks run, as they are without any gate.
+UNGATED: dict[str, Any] = {"every": 1, "first": 1, "last": None, "predicates": (), "main": False, "at_end": False}
 
 
 @attrs.frozen(repr=False)
 class Composed:
     """Several hooks in order; made by `compose`, always flat."""
 
-    hooks: tuple["Hook | Gated", ...] = ()
+    hooks: tuple[Hook, ...] = ()
 
     def __repr__(self) -> str:
         return f"compose({', '.join(map(repr, self.hooks))})"
 
 
-AnyHook = Hook | Gated | Composed
+hook = Hook  # the name by which a user makes one, as for all other makers of hooks
+AnyHook = Hook | Composed
 identity = Composed()
 
 
-def hook(
-    *,
-    before_train: Callback | None = None,
-    before_step: Callback | None = None,
-    after_step: Callback | None = None,
-    after_train: Callback | None = None,
-    name: str | None = None,
-    communicates: bool = False,
-    stops: bool = True,
-) -> Hook:
-    """Make a hook from callbacks, each `state -> state or None`.
-
-    `after_train` runs once, also when a step raised; `state.run.stop` then says so.
-
-    Args:
-      before_train, before_step, after_step, after_train: called in list order in every phase.
-      name: unique in a run; shown in errors.
-      communicates: declares that a callback runs collectives between ranks.
-      stops: False declares that it never asks to stop, or on all ranks alike: several ranks then spare the message by
-        which they agree after each step (0.2 ms between processes of one machine).
-    Raises:
-      TypeError: a callback can't be called.
-    Example:
-      >>> hook(after_step=print, name="show")
-      hook('show', after_step=print)
-
-    Source: detectron2's CallbackHook, https://detectron2.readthedocs.io/en/latest/modules/engine.html
-    """
-    phases: dict[str, Any] = {
-        "before_train": before_train,
-        "before_step": before_step,
-        "after_step": after_step,
-        "after_train": after_train,
-    }
-    for phase, callback in phases.items():
-        if callback is not None and not callable(callback):
-            raise TypeError(f"{phase}: got {type(callback).__name__}, expected a function of the state")
-    return Hook(**phases, name=name, communicates=communicates, stops=stops)
-
-
-def stateful(name: str, init: PyTree | Callable[[TrainState], PyTree], **callbacks: Any) -> Hook:
+def stateful(name: str, init: tree.PyTree | Callable[[TrainState], tree.PyTree], **callbacks: Any) -> Hook:
     """Make a hook with memory, kept in `state.hooks[name]` and so in every checkpoint.
 
     Callbacks read it there and write it with `ft.remember(state, name, memory)`.
@@ -163,7 +163,7 @@ def stateful(name: str, init: PyTree | Callable[[TrainState], PyTree], **callbac
     Args:
       name: unique in a run; the memory is found under it on resume.
       init: memory at the start of a run, or a function of the state that makes it.
-      callbacks: as for `hook`.
+      callbacks: these and what is declared, as for `ft.hook`.
     Raises:
       ValueError: the name is empty.
     Example:
@@ -174,7 +174,7 @@ def stateful(name: str, init: PyTree | Callable[[TrainState], PyTree], **callbac
     """
     if not name or not isinstance(name, str):
         raise ValueError(f"name: got {name!r}, expected a non-empty string")
-    return attrs.evolve(hook(name=name, **callbacks), init=init if callable(init) else _Value(init))
+    return hook(name=name, init=init if callable(init) else _Value(init), **callbacks)
 
 
 def resource(open: Callable[[], AbstractContextManager[Hook]], *, name: str, **declared: Any) -> Hook:  # noqa: A002
@@ -185,7 +185,7 @@ def resource(open: Callable[[], AbstractContextManager[Hook]], *, name: str, **d
     Args:
       open: function without arguments; a frozen record with `__call__` keeps equality and pickle.
       name: unique in a run.
-      declared: `init`, `communicates`, `stops`, `saves`, `reports`, `writes`, `reads`, `rewinds`, see `Hook`.
+      declared: `init`, `communicates`, `stops`, `makes`, `needs`, `outlives`, see `ft.hook`.
     Example:
       >>> from contextlib import contextmanager
       >>> @contextmanager
@@ -210,7 +210,7 @@ def compose(*hooks: AnyHook) -> AnyHook:
     return flat[0] if len(flat) == 1 else Composed(flat)
 
 
-def flatten(hooks: Any) -> tuple[Hook | Gated, ...]:
+def flatten(hooks: Any) -> tuple[Hook, ...]:
     """List the single hooks of nested sequences and compositions, in order.
 
     Raises:
@@ -220,7 +220,7 @@ def flatten(hooks: Any) -> tuple[Hook | Gated, ...]:
       >>> flatten([h, compose(h, h)]) == (h, h, h)
       True
     """
-    if isinstance(hooks, Hook | Gated):
+    if isinstance(hooks, Hook):
         return (hooks,)
     if isinstance(hooks, Composed):
         return hooks.hooks
@@ -229,12 +229,24 @@ def flatten(hooks: Any) -> tuple[Hook | Gated, ...]:
     raise TypeError(f"hooks: got {type(hooks).__name__}, expected ft.hook(...), one of ft.hooks, or a list of them")
 
 
+def called(function: Any) -> str:
+    """Return the name of a function, of what a `functools.partial` calls, or else what stands for it.
+
+    Example:
+      >>> called(print), called(partial(print, 1)), called(3)
+      ('print', 'print', '3')
+    """
+    while isinstance(function, partial):
+        function = function.func
+    return str(getattr(function, "__qualname__", repr(function)))
+
+
 @attrs.frozen
 class _Value:
     """A memory given as a value rather than as a function of the state."""
 
-    value: PyTree
+    value: tree.PyTree
 
-    def __call__(self, state: TrainState) -> PyTree:
+    def __call__(self, state: TrainState) -> tree.PyTree:
         del state
         return tree.clone(self.value)  # each run starts with a memory of its own

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
+from toolz import pipe
+
 from fntrain.core.errors import DataExhaustedError
 from fntrain.core.hook import Wrap
 from fntrain.core.ranks import Ranks
@@ -32,11 +34,7 @@ def shared(data: Positioned | Iterable[Any], ranks: Ranks) -> Positioned | Itera
     return shard(rank=ranks.rank, world_size=ranks.world_size)  # type: ignore[no-any-return]  # others order them otherwise
 
 
-class _End:
-    """Marks the end of the data."""
-
-
-END = _End()
+END = object()  # what `Batches.next` gives when the data has ended
 
 
 class Batches:
@@ -69,30 +67,28 @@ class Batches:
 
     def _open(self, state: TrainState) -> None:
         self.close()
-        self.source = None
         if isinstance(self.data, Positioned):
             source = self.source = self.data.at(state.position)
         else:
             source = iter(self.data)
-            if source is not self.data:
-                if state.position > 0:
-                    raise ValueError(
-                        f"data: {type(self.data).__name__} starts at its first batch again, but the state is at "
-                        f"position {state.position}; use ft.data.stream(...), or pass an iterator whose first batch "
-                        "is that one: iter(data) for a new epoch, itertools.islice(data, done, None) within one"
-                    )
-                self.source = source
-            elif self.position != -1:
+            callers = source is self.data  # an iterator, which goes on where it is: neither opened nor closed here
+            self.source = None if callers else source
+            if callers and self.position != -1:
                 raise ValueError(
                     f"data: a hook moved the position from {self.position} to {state.position}, and an iterator can't "
                     "go back; use ft.data.stream(...), or keep the position when rolling back"
                 )
-        for wrap in self.wraps:
-            source = wrap(source)
-        self.batches = source
+            if not callers and state.position > 0:
+                raise ValueError(
+                    f"data: {type(self.data).__name__} starts at its first batch again, but the state is at "
+                    f"position {state.position}; use ft.data.stream(...), or pass an iterator whose first batch "
+                    "is that one: iter(data) for a new epoch, itertools.islice(data, done, None) within one"
+                )
+        self.batches = pipe(source, *self.wraps)
         self.position = state.position
 
     def close(self) -> None:
         """Close the iterator if it was opened here; one that the caller made is theirs to go on with."""
         if self.source is not None and hasattr(self.source, "close"):
             self.source.close()
+        self.source = None

@@ -36,13 +36,15 @@ class Stop:
 class Run:
     """What `fit` knows of its own call. Steps must not read it; hooks may; only `ft.stop` changes it.
 
-    `ranks` are the processes that run it together, see `fntrain.core.ranks`.
+    `ranks` are the processes that run it together, see `fntrain.core.ranks`; `outlives` says of which hooks the memory
+    survives a roll-back (see `ft.Hook`).
     """
 
     start_step: int = 0
     max_steps: int | None = None
     stop: Stop | None = None
     ranks: Ranks = attrs.field(default=ALONE, eq=False, repr=False)
+    outlives: Mapping[str, bool | tuple[str, ...]] = attrs.field(factory=dict, eq=False, repr=False)
 
 
 def _view(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -106,6 +108,26 @@ class TrainState:
         """Return `replace(**changes)` with step and position one further: what a hand-written step returns."""
         return self.replace(step=self.step + 1, position=self.position + 1, **changes)
 
+    def go_back(self, to: "TrainState") -> "TrainState":
+        """Return an earlier state of the same run, `to`, with what outlives a roll-back as it is now.
+
+        A best checkpoint on disk survives a roll-back, so the memory of its score must too; all other memory is that
+        of then, and so is the position: `state.go_back(to.replace(position=state.position))` skips the data since.
+
+        Args:
+          to: a state that a hook kept (`ft.snapshot`, if steps run in place).
+        Example:
+          >>> start = TrainState(step=0, position=0, seed=0, params={}, hooks={"best": 0.5, "count": 1})
+          >>> now = start.advance(hooks={"best": 0.9, "count": 2}, run=Run(outlives={"best": True}))
+          >>> now.go_back(start).step, dict(now.go_back(start).hooks)
+          (0, {'best': 0.9, 'count': 1})
+        """
+        memory = dict(to.hooks)
+        for name, kept in self.run.outlives.items():
+            now = self.hooks[name]
+            memory[name] = {**memory[name], **{key: now[key] for key in kept}} if isinstance(kept, tuple) else now
+        return to.replace(hooks=memory, run=self.run)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TrainState):
             return NotImplemented
@@ -118,27 +140,19 @@ class TrainState:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Read-only views do not pickle (or deepcopy); plain dicts do.
-        fields = {field.name: getattr(self, field.name) for field in attrs.fields(TrainState)}
-        plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in fields.items()}
-        return _rebuild, (plain,)
+        fields = {name: read(self) for name, read, _ in _SLOTS}
+        return _rebuild, ({name: dict(one) if name in _MAPPINGS else one for name, one in fields.items()},)
 
     def __repr__(self) -> str:
-        lines = [f"TrainState(step={self.step}, position={self.position}, seed={self.seed})"]
-        for name in ("params", "buffers", "opt_state", "hooks", "extra"):
-            value = getattr(self, name)
-            try:
-                if value:
-                    lines.append(f"  {name:<10}{_summary(value)}")
-            except StateConsumedError:
-                lines.append(f"  {name:<10}{value!r}")
-        if self.metrics:
-            lines.append(f"  {'metrics':<10}{', '.join(self.metrics)}")
-        if self.run.stop:
-            lines.append(f"  {'stop':<10}{self.run.stop.kind}: {self.run.stop.reason}")
-        return "\n".join(lines)
+        parts = {name: _summary(getattr(self, name)) for name in _TREES}
+        parts |= {"metrics": ", ".join(self.metrics)}
+        parts |= {"stop": f"{self.run.stop.kind}: {self.run.stop.reason}"} if self.run.stop else {}
+        first = f"TrainState(step={self.step}, position={self.position}, seed={self.seed})"
+        return "\n".join([first, *(f"  {name:<10}{text}" for name, text in parts.items() if text)])
 
 
-_MAPPINGS = frozenset({"params", "buffers", "opt_state", "hooks", "extra", "metrics"})
+_TREES = ("params", "buffers", "opt_state", "hooks", "extra")
+_MAPPINGS = frozenset({*_TREES, "metrics"})
 _SLOTS = [
     (field.name, getattr(TrainState, field.name).__get__, getattr(TrainState, field.name).__set__)
     for field in attrs.fields(TrainState)
@@ -187,12 +201,8 @@ def snapshot(state: TrainState) -> TrainState:
       >>> kept.params["w"]
       tensor([0., 0.])
     """
-    names = ("params", "buffers", "opt_state", "hooks", "extra")
-    copies = tree.clone({name: getattr(state, name) for name in names})
-    metrics = {
-        name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in state.metrics.items()
-    }
-    return state.replace(**copies, metrics=metrics)
+    metrics = {name: one.detach().clone() if isinstance(one, Tensor) else one for name, one in state.metrics.items()}
+    return state.replace(**tree.clone({name: getattr(state, name) for name in _TREES}), metrics=metrics)
 
 
 def stop(state: TrainState, reason: str, *, at_once: bool = False) -> TrainState:
@@ -226,8 +236,11 @@ def _rebuild(fields: dict[str, Any]) -> TrainState:
 
 
 def _summary(value: PyTree) -> str:
-    tensors = [leaf for _, leaf in tree.named_leaves(value) if isinstance(leaf, Tensor)]
-    others = sum(1 for _, leaf in tree.named_leaves(value) if not isinstance(leaf, Tensor))
+    try:
+        leaves = [leaf for _, leaf in tree.named_leaves(value)]
+    except StateConsumedError:
+        return repr(value)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     numbers, size = sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
-    text = f"{len(tensors)} tensors, {numbers:,} numbers, {size:,} bytes"
-    return text + (f", {others} other leaves" if others else "")
+    text = f"{len(tensors)} tensors, {numbers:,} numbers, {size:,} bytes" if leaves else ""
+    return text + (f", {len(leaves) - len(tensors)} other leaves" if len(leaves) > len(tensors) else "")

@@ -20,13 +20,8 @@ _LEAVES = (int, float, bool, str, type(None))
 
 
 def named_leaves(tree: PyTree, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
-    """Yield (dotted path, leaf) for every leaf, mappings in their own order.
+    """Yield (dotted path, leaf) for every leaf, mappings in their own order; `prefix` is the path of the tree itself.
 
-    Args:
-      tree: nested mappings, lists and tuples.
-      prefix: path of the tree itself, put before every path.
-    Returns:
-      an iterator; tensors are yielded as they are, not copied.
     Raises:
       TypeError: a leaf is of another kind, or a mapping has a key that is not a string.
     Example:
@@ -45,20 +40,26 @@ def map_tensors(fn: Callable[[Tensor], Tensor], tree: PyTree) -> PyTree:
       >>> map_tensors(torch.neg, [torch.ones(()), "x"])
       [tensor(-1.), 'x']
     """
-    found: list[Tensor] = []
-    _gather(tree, found)
-    return _refill(tree, map(fn, found))
+    return _refill(tree, map(fn, tensors(tree)))
 
 
-def tensors(tree: PyTree) -> list[Tensor]:
-    """Return the tensors of a tree, in its order.
+def tensors(tree: PyTree, found: list[Tensor] | None = None) -> list[Tensor]:
+    """Return the tensors of a tree, in its order; they are added to `found`, if that is given.
 
     Example:
       >>> tensors({"a": [torch.ones(()), 2.0]})
       [tensor(1.)]
     """
-    found: list[Tensor] = []
-    _gather(tree, found)
+    found = [] if found is None else found
+    # Every step walks over the optimizer's state: the likely kinds are asked first, the abstract one last.
+    if isinstance(tree, Tensor):
+        found.append(tree)
+    elif isinstance(tree, (dict, MappingProxyType, Mapping)):
+        for value in tree.values():
+            tensors(value, found)
+    elif type(tree) is tuple or type(tree) is list:
+        for value in tree:
+            tensors(value, found)
     return found
 
 
@@ -67,14 +68,10 @@ def clone(tree: PyTree) -> PyTree:
 
     Example:
       >>> tree = {"a": torch.zeros(2)}
-      >>> copy = clone(tree)
-      >>> _ = copy["a"].add_(1)
-      >>> tree["a"]
-      tensor([0., 0.])
+      >>> clone(tree)["a"].add_(1), tree["a"]
+      (tensor([1., 1.]), tensor([0., 0.]))
     """
-    sources: list[Tensor] = []
-    _gather(tree, sources)
-    return _refill(tree, iter(clone_tensors(sources)))
+    return _refill(tree, iter(clone_tensors(tensors(tree))))
 
 
 def copy_into(target: PyTree, source: PyTree) -> bool:
@@ -88,14 +85,18 @@ def copy_into(target: PyTree, source: PyTree) -> bool:
       (True, {'a': tensor([1., 1.])})
     """
     pairs = list(zip_longest(_walk(target, "", ordered=True), _walk(source, "", ordered=True), fillvalue=("", None)))
-    if not all(one[0] == other[0] and _alike(one[1], other[1]) for one, other in pairs):
+    if not all(
+        one[0] == other[0] and _same(one[1], other[1], lambda a, b: a.device == b.device) for one, other in pairs
+    ):
         return False
-    tensors = [(local(one[1]), local(other[1])) for one, other in pairs if isinstance(one[1], Tensor)]
-    if {t.untyped_storage().data_ptr() for t, _ in tensors} & {s.untyped_storage().data_ptr() for _, s in tensors}:
+    targets, sources = (
+        [local(item) for _, item in walk if isinstance(item, Tensor)] for walk in zip(*pairs, strict=True)
+    )
+    if {t.untyped_storage().data_ptr() for t in targets} & {s.untyped_storage().data_ptr() for s in sources}:
         return False
-    if tensors:
+    if targets:
         with torch.no_grad():
-            torch._foreach_copy_([t for t, _ in tensors], [s for _, s in tensors])
+            torch._foreach_copy_(targets, sources)
     return True
 
 
@@ -132,7 +133,7 @@ def bitwise_equal(a: PyTree, b: PyTree) -> bool:
     """
     # A container's mark holds its length, so walks of different length differ before the shorter one ends.
     walks = zip(_walk(a, "", ordered=True), _walk(b, "", ordered=True), strict=False)
-    return all(one[0] == other[0] and _same_bits(one[1], other[1]) for one, other in walks)
+    return all(one[0] == other[0] and _same(one[1], other[1], _same_bytes) for one, other in walks)
 
 
 def fingerprint(tree: PyTree) -> str:
@@ -235,20 +236,6 @@ def brief(leaf: Leaf) -> Leaf:
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-# Two passes that every step runs over the optimizer's state: the likely kinds are asked first, the ABC last.
-
-
-def _gather(tree: PyTree, found: list[Tensor]) -> None:
-    if isinstance(tree, Tensor):
-        found.append(tree)
-    elif isinstance(tree, (dict, MappingProxyType, Mapping)):
-        for value in tree.values():
-            _gather(value, found)
-    elif type(tree) is tuple or type(tree) is list:
-        for value in tree:
-            _gather(value, found)
-
-
 def _refill(tree: PyTree, tensors: Iterator[Tensor]) -> PyTree:
     if isinstance(tree, Tensor):
         return next(tensors)
@@ -259,13 +246,8 @@ def _refill(tree: PyTree, tensors: Iterator[Tensor]) -> PyTree:
     return tree
 
 
-class _Opened:
-    """Marks where a container begins, so that [] and {} and a missing key differ."""
-
-    __slots__ = ("kind",)
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+class _Opened(str):
+    """Marks where a container begins, by its kind and length, so that [] and {} and a missing key differ."""
 
 
 def _walk(tree: PyTree, path: str, *, ordered: bool) -> Iterator[tuple[str, Any]]:
@@ -291,7 +273,7 @@ def _walk(tree: PyTree, path: str, *, ordered: bool) -> Iterator[tuple[str, Any]
 def _kind(item: Any) -> tuple[Any, ...]:
     if isinstance(item, Tensor):
         return ("tensor", str(item.dtype), tuple(item.shape))
-    return (item.kind,) if isinstance(item, _Opened) else (type(item).__name__,)
+    return (str(item),) if isinstance(item, _Opened) else (type(item).__name__,)
 
 
 def _bits(item: Any) -> Any:
@@ -300,15 +282,9 @@ def _bits(item: Any) -> Any:
     return struct.pack("<d", item) if isinstance(item, float) else item
 
 
-def _alike(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-    return _kind(a) == _kind(b) and bool(_bits(a) == _bits(b))
+def _same(a: Any, b: Any, same_tensors: Callable[[Tensor, Tensor], bool]) -> bool:
+    return _kind(a) == _kind(b) and (same_tensors(a, b) if isinstance(a, Tensor) else bool(_bits(a) == _bits(b)))
 
 
-def _same_bits(a: Any, b: Any) -> bool:
-    if _kind(a) != _kind(b):
-        return False
-    if not isinstance(a, Tensor):
-        return bool(_bits(a) == _bits(b))
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
     return a is b or to_bytes(a) == to_bytes(b)

@@ -13,8 +13,9 @@ import attrs
 from fntrain.core import gates
 from fntrain.core.check import whole
 from fntrain.core.errors import CheckpointError
-from fntrain.core.hook import AnyHook, Hook, hook, resource
-from fntrain.core.ranks import ALONE, agreed
+from fntrain.core.hook import AnyHook, Hook, Needs, hook, resource
+from fntrain.core.metrics import metric_over_ranks
+from fntrain.core.ranks import ALONE
 from fntrain.core.state import TrainState, remember
 from fntrain.shell.checkpoints.directory import agreed as agreed_on
 from fntrain.shell.checkpoints.directory import complete, nothing, readable, remove, retain, set_aside, step_of
@@ -25,6 +26,7 @@ from fntrain.shell.checkpoints.upgrade import SchemaError
 
 _log = logging.getLogger("fntrain")
 _DECLARED: Any = {"communicates": True, "stops": False}
+_MEMORY = Needs("memory", "would save that memory one step old")
 T = TypeVar("T")
 Mode = Literal["max", "min"]
 
@@ -219,7 +221,9 @@ def checkpoint(
         asynchronous,
     )
     remembers = {"init": _Nothing()} if best else {}
-    return gates.at_end(gates.every(every, resource(record, name=name, saves=True, **_DECLARED, **remembers)))
+    return gates.at_end(
+        gates.every(every, resource(record, name=name, makes="branch", needs=[_MEMORY], **_DECLARED, **remembers))
+    )
 
 
 @attrs.frozen
@@ -318,12 +322,13 @@ def best_checkpoint(
     Source: detectron2's BestCheckpointer
     """
     record = BestCheckpoint(os.fspath(directory), name, _of_the_best(metric, mode=mode), asynchronous)
-    return resource(record, name=name, saves=True, **_DECLARED, init=_Nothing())
+    needs = [attrs.evolve(_MEMORY, but=("best", "branch"))]  # several of them may follow each other
+    return resource(record, name=name, makes="best", needs=needs, outlives=True, **_DECLARED, init=_Nothing())
 
 
 def score(state: TrainState, metric: str) -> float | None:
     """A metric of the state as a number, None if it is not there or not finite."""
-    value = agreed(state, metric)
+    value = metric_over_ranks(state, metric)
     number = math.nan if value is None else float(value)
     return number if math.isfinite(number) else None
 

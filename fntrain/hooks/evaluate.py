@@ -7,8 +7,9 @@ import attrs
 from torch import Tensor
 
 from fntrain.core import gates
-from fntrain.core.hook import AnyHook, hook
-from fntrain.core.ranks import Ranks, combined
+from fntrain.core.hook import AnyHook, Needs, hook
+from fntrain.core.metrics import combined
+from fntrain.core.ranks import Ranks
 from fntrain.core.state import TrainState
 from fntrain.evaluation import flattened
 from fntrain.events import MetricName, Scalar
@@ -91,5 +92,7 @@ def evaluate(
     """
     if not callable(fn):
         raise TypeError(f"fn: got {type(fn).__name__}, expected a function of the state, such as ft.evaluation(...)")
-    reporting = hook(after_step=Evaluate(fn, prefix, weights), name=name, communicates=True, stops=False)
-    return gates.at_end(gates.every(every, attrs.evolve(reporting, reports=True, reads=weights)))
+    needs = [] if weights is None else [Needs("memory", f"reads the memory of {weights!r}", of=weights)]
+    measuring = Evaluate(fn, prefix, weights)
+    reporting = hook(after_step=measuring, name=name, communicates=True, stops=False, makes="metrics", needs=needs)
+    return gates.at_end(gates.every(every, reporting))

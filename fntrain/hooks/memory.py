@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import attrs
 import torch
 
 from fntrain.core import gates
@@ -46,8 +45,8 @@ def memory_stats(*, every: int = 20, name: str = "memory_stats") -> AnyHook:
 
     Source: detectron2's TorchMemoryStats
     """
-    reporting = hook(before_train=_start, after_step=_report, name=name, stops=False)
-    return gates.at_end(gates.every(every, attrs.evolve(reporting, reports=True)))
+    reporting = hook(before_train=_start, after_step=_report, name=name, stops=False, makes="metrics")
+    return gates.at_end(gates.every(every, reporting))
 
 
 def _start(state: TrainState) -> None:

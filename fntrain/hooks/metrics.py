@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fntrain.core.check import whole
-from fntrain.core.hook import AnyHook, Hook, hook, resource
-from fntrain.core.ranks import WEIGHT, Ranks, combined
+from fntrain.core.hook import AnyHook, Hook, Needs, hook, resource
+from fntrain.core.metrics import WEIGHT, combined
+from fntrain.core.ranks import Ranks
 from fntrain.core.state import TrainState
 from fntrain.steps.grads import stalls
 from fntrain.writers import Row, Writer, WriteRow
@@ -84,7 +85,7 @@ def write_metrics(
         if asked not in get_args(Smoothing):
             raise ValueError(f"smoothing: got {asked!r}, expected one of {', '.join(get_args(Smoothing))}")
     record = WriteMetrics(several, every, window, smoothing)
-    return resource(record, name=name, writes=True, communicates=True, stops=False)
+    return resource(record, name=name, needs=[Needs("metrics", "would not see them")], communicates=True, stops=False)
 
 
 class _Live:

@@ -8,7 +8,7 @@ import attrs
 
 from fntrain.core.check import whole
 from fntrain.core.hook import AnyHook, stateful
-from fntrain.core.ranks import agreed
+from fntrain.core.metrics import metric_over_ranks
 from fntrain.core.state import TrainState, remember
 from fntrain.hooks.checkpoint import tell_unseen
 from fntrain.steps.rates import LR_SCALE, lr_scale
@@ -42,7 +42,7 @@ class ReduceLROnPlateau:
 
     def __call__(self, state: TrainState) -> TrainState | None:
         memory = state.hooks[self.name]
-        found = agreed(state, self.metric)
+        found = metric_over_ranks(state, self.metric)
         if found is None or memory["step"] == state.step:  # another hook went back to this step
             return None
         value = float(found)

@@ -77,7 +77,7 @@ def profile(
       OSError: (in the run) torch could not write the trace.
     Example:
       >>> hook = profile("runs/digits/traces", when=lambda state: 10 <= state.step < 20)
-      >>> hook.hook.open.directory, hook.hook.name
+      >>> hook.open.directory, hook.name
       ('runs/digits/traces', 'profile')
 
     Source: detectron2's TorchProfiler

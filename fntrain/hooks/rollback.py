@@ -14,14 +14,18 @@ import torch
 
 from fntrain.core import tree
 from fntrain.core.check import whole
-from fntrain.core.hook import AnyHook, Hook, hook, resource
-from fntrain.core.ranks import agreed
+from fntrain.core.hook import AnyHook, Hook, Needs, hook, resource
+from fntrain.core.metrics import metric_over_ranks
 from fntrain.core.state import TrainState, remember, snapshot, stop
 from fntrain.events import MetricName
 from fntrain.hooks.metrics import to_host
 
 _log = logging.getLogger("fntrain")
 ROLLBACKS = MetricName("rollbacks", reduce="max", smooth="each")
+# What outlives a roll-back, and what is the same however often a step is saved, may come after it.
+_MEMORY = Needs(
+    "memory", "may go back to an earlier step, and it would count that step twice", but=("lasting memory", "branch")
+)
 NUM_KEPT = 2  # a state from which a spike came twice was bad itself: then the one before it
 
 
@@ -90,7 +94,16 @@ def rollback_on_spike(
     )
     if snapshot_every % look_every:
         raise ValueError(f"snapshot_every: got {snapshot_every}, expected a multiple of look_every={look_every}")
-    return resource(record, name=name, init=_Start(), reports=True, rewinds=True, communicates=True, stops=False)
+    return resource(
+        record,
+        name=name,
+        init=_Start(),
+        makes="metrics",
+        needs=[_MEMORY],
+        outlives=("rollbacks",),  # how often it went back is not undone by another one that goes back
+        communicates=True,
+        stops=False,
+    )
 
 
 @attrs.frozen
@@ -163,7 +176,7 @@ class _Live:
         if state.step <= memory["step"]:
             return None  # another hook has gone back to a step that was looked at already
         memory["step"] = state.step
-        value = agreed(state, record.metric)
+        value = metric_over_ranks(state, record.metric)
         if value is not None:
             memory["pending"] = [*memory["pending"], value]
         problem = None
@@ -193,12 +206,9 @@ class _Live:
             "%s: %s; going back from step %d to %d, and on with batch %d",
             *(record.name, problem, state.step, old.step, state.position),
         )
-        hooks = {**old.hooks, record.name: {**old.hooks[record.name], "rollbacks": rollbacks}}
-        for name, memory in state.hooks.items():  # how often others of this kind went back is not undone
-            if name != record.name and isinstance(memory, Mapping) and "rollbacks" in memory:
-                hooks[name] = {**old.hooks[name], "rollbacks": memory["rollbacks"]}
         metrics = {**old.metrics, ROLLBACKS: float(len(rollbacks))}
-        new = old.replace(position=state.position, hooks=hooks, metrics=metrics, run=state.run)
+        new = state.go_back(old.replace(position=state.position, metrics=metrics))
+        new = remember(new, record.name, {**new.hooks[record.name], "rollbacks": rollbacks})
         return self.stopped(new, problem) if len(rollbacks) > record.max_rollbacks else new
 
     def stopped(self, state: TrainState, problem: str) -> TrainState:

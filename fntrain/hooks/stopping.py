@@ -8,7 +8,7 @@ import attrs
 
 from fntrain.core.check import whole
 from fntrain.core.hook import AnyHook, Predicate, hook, stateful
-from fntrain.core.ranks import agreed
+from fntrain.core.metrics import metric_over_ranks
 from fntrain.core.state import TrainState, remember, stop
 from fntrain.hooks.checkpoint import Mode
 
@@ -96,7 +96,7 @@ class EarlyStopping:
     name: str
 
     def __call__(self, state: TrainState) -> TrainState | None:
-        found = agreed(state, self.metric)
+        found = metric_over_ranks(state, self.metric)
         if found is None:
             return None
         value, memory = float(found), state.hooks[self.name]

@@ -8,7 +8,19 @@ from typing import Any
 
 import attrs
 
-from fntrain.core.hook import PHASES, AnyHook, Callback, Gated, Hook, compose, flatten, hook, identity, resource
+from fntrain.core.hook import (
+    PHASES,
+    UNGATED,
+    AnyHook,
+    Callback,
+    Hook,
+    called,
+    compose,
+    flatten,
+    hook,
+    identity,
+    resource,
+)
 from fntrain.core.state import TrainState
 
 _log = logging.getLogger("fntrain")
@@ -54,6 +66,11 @@ class TimedCallback:
     label: str
     phase: str
 
+    @property
+    def __wrapped__(self) -> Callback:
+        """What it is around, as `inspect.unwrap` finds it."""
+        return self.callback
+
     def __call__(self, state: TrainState) -> TrainState | None:
         begin = time.perf_counter()
         try:
@@ -62,7 +79,7 @@ class TimedCallback:
             self.spent.bill(self.label, self.phase, begin)
 
     def __repr__(self) -> str:
-        return f"timed({getattr(self.callback, '__qualname__', repr(self.callback))})"
+        return f"timed({called(self.callback)})"
 
 
 @attrs.frozen(repr=False)
@@ -110,14 +127,9 @@ def timed(hooks: Any, *, name: str = "timed") -> AnyHook:
     if not singles:
         return identity
     return compose(
-        resource(spent, name=name, stops=False), *(_timed_single(single, spent, i) for i, single in enumerate(singles))
+        resource(spent, name=name, stops=False),
+        *(_timed(one, spent, one.name or f"{attrs.evolve(one, **UNGATED)!r} ({i})") for i, one in enumerate(singles)),
     )
-
-
-def _timed_single(single: Hook | Gated, spent: Spent, index: int) -> Hook | Gated:
-    inner = single.hook if isinstance(single, Gated) else single
-    live = _timed(inner, spent, inner.name or f"{inner!r} ({index})")
-    return attrs.evolve(single, hook=live) if isinstance(single, Gated) else live
 
 
 def _timed(inner: Hook, spent: Spent, label: str) -> Hook:

@@ -116,4 +116,4 @@ def iteration_timer(*, warmup_steps: int = 3, name: str = "iteration_timer") -> 
 
     Source: detectron2's IterationTimer
     """
-    return resource(IterationTimer(whole("warmup_steps", warmup_steps, 0)), name=name, reports=True, stops=False)
+    return resource(IterationTimer(whole("warmup_steps", warmup_steps, 0)), name=name, makes="metrics", stops=False)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import unwrap
 from itertools import islice
 from typing import Any
 
@@ -15,7 +16,7 @@ from fntrain import hooks as standard
 from fntrain import schedules, writers
 from fntrain.core.errors import CheckpointError, ConfigError
 from fntrain.core.fold import fit
-from fntrain.core.hook import AnyHook, Gated, Hook, flatten, hook
+from fntrain.core.hook import AnyHook, Hook, flatten, hook
 from fntrain.core.ranks import ALONE
 from fntrain.core.state import Run, StepFn, TrainState
 from fntrain.evaluation import flattened
@@ -53,8 +54,8 @@ class Job:
 
     @property
     def named_hooks(self) -> list[Hook]:
-        """The single hooks, without their gates, in the order in which they run."""
-        return [one.hook if isinstance(one, Gated) else one for one in flatten(self.hooks)]
+        """The single hooks, in the order in which they run."""
+        return list(flatten(self.hooks))
 
 
 @attrs.frozen(kw_only=True)
@@ -283,7 +284,7 @@ def run(recipe: Recipe, config: Any = None, *, resume: bool = True, eval_only: b
       resume: go on from the newest checkpoint in `config.output_dir`, if there is one.
       eval_only: do not train: evaluate the newest checkpoint, or `config.weights`.
     Returns:
-      the last state and the results of the evaluation at its step.
+      the last state and the results of the evaluation at its step; none if a stop `at_once` left no time for it.
     Raises:
       CheckpointError: `eval_only` and nothing to evaluate; without `resume`, the directory holds later checkpoints.
       ConfigError: `eval_only` and the recipe has no evaluation; and what `ft.build` raises.
@@ -350,7 +351,8 @@ def _results(job: Job, state: TrainState) -> dict[str, float]:
     """What the evaluation says of a state; a hook that has just asked it, of these very weights, has reported it."""
     if job.evaluation is None:
         return {}
-    asked = [one.after_step for one in job.named_hooks if isinstance(one.after_step, EvaluateHook)]
+    callbacks = [unwrap(one.after_step) for one in job.named_hooks if one.after_step]  # `hooks.timed` wraps them
+    asked = [callback for callback in callbacks if isinstance(callback, EvaluateHook)]
     prefixes = [one.prefix for one in asked if one.fn is job.evaluation and one.weights is None]
     results: Mapping[str, Any] = {
         name.removeprefix(prefix): value
@@ -358,7 +360,9 @@ def _results(job: Job, state: TrainState) -> dict[str, float]:
         for name, value in state.metrics.items()
         if name.startswith(prefix)
     }
-    return {name: float(value) for name, value in flattened(results or job.evaluation(state)).items()}
+    if not results and not (state.run.stop and state.run.stop.at_once):  # the process may be killed soon
+        results = job.evaluation(state)
+    return {name: float(value) for name, value in flattened(results).items()}
 
 
 def _config_of(recipe: Recipe, config: Any) -> Any:

@@ -7,7 +7,7 @@ Read first: `steps` (a step on the module's own memory), then `checkpoints`.
 from typing import TYPE_CHECKING
 
 from fntrain.lazy import exported_later
-from fntrain.shell.distributed.connected import ranks
+from fntrain.shell.distributed.connected import alone, ranks
 from fntrain.shell.distributed.distribute import distribute
 from fntrain.shell.setup import setup
 from fntrain.shell.steps.graphs import cuda_step
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fntrain.shell.weights.dcp import from_dcp, to_dcp
 
 __all__ = [
+    "alone",
     "compile_step",
     "cuda_step",
     "distribute",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fntrain import events
-from fntrain.core.ranks import WEIGHT
+from fntrain.core.metrics import WEIGHT
 from fntrain.events import Collector, MetricName, Reduce
 from fntrain.steps.exchange import Totals, total
 from fntrain.steps.loss import Objective

@@ -1,6 +1,7 @@
 """fit and states: order, ends, errors, data; and that what goes wrong is said and nothing is left open."""
 
 import itertools
+import pickle
 
 import broken
 import pytest
@@ -8,7 +9,8 @@ import torch
 from cases import batches, make, square_loss
 
 import fntrain as ft
-from fntrain.core.ranks import Ranks
+from fntrain.core import ranks
+from fntrain.core.ranks import ALONE, Ranks
 
 SGD = ft.optimizer(torch.optim.SGD, lr=0.1)
 
@@ -140,6 +142,71 @@ def test_a_roll_back_opens_the_data_again_where_the_state_is():
         assert seen == expected
         assert final.step == 4
         assert final.position == (6 if keep_position else 4)
+
+
+def test_what_outlives_a_roll_back_is_as_it_is_now():
+    """All of a memory, or some entries of it; the rest is that of then, and the run that of now."""
+    kept = {}
+
+    def count(name):
+        def more(state):
+            memory = state.hooks[name]
+            return ft.remember(state, name, {key: number + 1 for key, number in memory.items()})
+
+        return more
+
+    def back(state):
+        kept.setdefault(state.step, state)
+        return state.go_back(kept[1]) if state.step == 3 and state.hooks["all"]["a"] == 3 else None
+
+    outlives = {"none": False, "all": True, "some": ("b",)}
+    counters = [
+        ft.stateful(name, {"a": 0, "b": 0}, after_step=count(name), outlives=what) for name, what in outlives.items()
+    ]
+    final = fit([*counters, ft.hook(after_step=back)], max_steps=4)
+    assert final.hooks == {"none": {"a": 4, "b": 4}, "all": {"a": 6, "b": 6}, "some": {"a": 4, "b": 6}}
+    assert final.run.max_steps == 4 and final.position == 4
+
+
+def test_at_end_runs_again_if_hooks_changed_the_state_since():
+    """What a hook made of the last state at the end, a later one at_end has to see, though it ran at that step."""
+    seen = []
+    change = ft.hook(after_step=lambda state: state.replace(extra={"at": state.step}))
+    look = ft.hook(after_step=lambda state: seen.append((state.step, dict(state.extra))))
+    fit([ft.at_end(ft.every(3, change)), ft.at_end(ft.every(2, look))], max_steps=4)
+    assert seen == [(2, {}), (4, {"at": 3}), (4, {"at": 4})]
+    del seen[:]
+    fit([ft.at_end(ft.every(2, look)), ft.at_end(ft.every(3, change))], max_steps=4)
+    assert seen == [(2, {}), (4, {"at": 3})]  # listed before it, it is not told
+
+
+def test_a_step_around_a_step_keeps_its_ranks():
+    """ft.wrap calls the function given and says the ranks of the step in it, ALONE for a step that says nothing."""
+
+    class Ranked:
+        ranks = Ranks(rank=1, world_size=1)
+
+        def __call__(self, state, batch):
+            return count(state, batch)
+
+    step_fn = Ranked()
+    wrapped = ft.wrap(step_fn, lambda state, batch: step_fn(state, -batch))
+    assert wrapped.ranks is Ranked.ranks and ft.wrap(count, count).ranks is ALONE
+    assert fit(step_fn=wrapped, max_steps=3).metrics["batch"] == -2
+    assert pickle.loads(pickle.dumps(ft.wrap(count, count))) == ft.wrap(count, count)
+    for wrong in ((3, count), (count, None)):
+        with pytest.raises(TypeError, match="expected a function of state and batch"):
+            ft.wrap(*wrong)
+
+
+def test_in_a_group_a_step_that_says_nothing_of_its_ranks_is_refused(monkeypatch):
+    """Each process would train by itself; one that does so by choice says it."""
+    monkeypatch.setattr(ranks, "num_processes", lambda: 2)
+    for step_fn in (count, ft.wrap(count, count), ft.supervised_step(make("mlp"), square_loss, SGD)):
+        with pytest.raises(ValueError, match=r"each of the 2 processes would train .* by itself.*ft\.shell\.alone"):
+            ft.states(step_fn, state=start(), data=Numbers(), max_steps=1)
+    assert fit(step_fn=ft.shell.alone(count)).step == 3
+    assert fit(step_fn=ft.wrap(ft.shell.alone(count), count)).step == 3
 
 
 def test_leaving_early_runs_after_train_and_closes():
@@ -425,6 +492,14 @@ def test_a_step_can_not_change_the_run_record():
     assert final.step == 3 and final.run.max_steps == 3
 
 
+def test_memory_that_can_not_be_made_ends_the_run_as_other_errors_do():
+    """after_train of the hooks runs, and what was opened is closed."""
+    log, files = [], Files()
+    with pytest.raises(ZeroDivisionError):
+        fit([ft.stateful("n", lambda state: 1 / 0), recorder(log, "other"), files.hook("a")])
+    assert log == [("after_train", "other", 0)] and files.log == ["open a", "close a"]
+
+
 def test_memory_given_as_a_value_is_new_in_every_run():
     """An initial tensor written to by one run is not what the next one starts with."""
     hook = ft.stateful("n", torch.zeros(()), after_step=lambda s: s.hooks["n"].add_(1) and None)
@@ -438,3 +513,6 @@ def test_a_resource_that_opens_nothing_is_named():
     with pytest.raises(TypeError, match=r"open\(\) gave NoneType") as caught:
         fit([ft.resource(nullcontext, name="empty")])
     assert "while opening hook 'empty'" in caught.value.__notes__
+    gated = ft.every(2, ft.hook(after_step=print))  # its gate would be lost
+    with pytest.raises(TypeError, match=r"open\(\) gave every\(2, .*put gates around the resource"):
+        fit([ft.resource(lambda: nullcontext(gated), name="gated")])

@@ -151,9 +151,9 @@ def test_of_the_standard_hooks_only_two_may_stop_one_rank_alone():
         ft.hooks.write_metrics(ft.writers.memory()),
     ]
     on_main = [ft.hooks.profile("runs", when=bool), ft.hooks.progress_bar()]
-    assert [one for one in flatten(never) if getattr(one, "hook", one).stops] == []
+    assert [one for one in flatten(never) if one.stops] == []
     assert all(one.main for one in flatten(on_main))
     may = [ft.hooks.on_signal(), ft.hooks.stop_when(bool, "it"), ft.hook(after_step=print)]
-    assert all(getattr(one, "hook", one).stops for one in flatten(may))
+    assert all(one.stops for one in flatten(may))
     known = {*ft.hooks.__all__} - {"averaged", "keep_best", "stop_when", "on_signal", "profile", "progress_bar"}
     assert len(never) == len(known)

@@ -26,7 +26,7 @@ def scales(values, **options):
 
     hook = ft.hooks.reduce_lr_on_plateau("m", **options)
     run = ft.states(step_fn, hook, state=start, data=values, max_steps=len(values))
-    return [ft.steps.optim.lr_scale(state) for state in run]
+    return [ft.steps.rates.lr_scale(state) for state in run]
 
 
 def torch_scales(values, **options):
@@ -85,7 +85,7 @@ def test_a_run_that_was_stopped_has_the_rates_of_one_that_was_not():
         return state
 
     assert run(5, 6, 7, 8, 9, 10) == run(10)
-    assert ft.steps.optim.lr_scale(run(5, 6, 7, 16)) == 0.1
+    assert ft.steps.rates.lr_scale(run(5, 6, 7, 16)) == 0.1
 
 
 def make(form, *, optimizer=None, groups=None):

@@ -197,7 +197,7 @@ def test_cuda_memory_is_of_the_device_of_the_parameters(monkeypatch):
 @pytest.mark.parametrize("lost", ["before_train", "reset"])
 def test_law_of_peaks_can_fail(monkeypatch, lost):
     """A hook that does not start over, at the start or at reports, is refused."""
-    good = ft.hooks.memory_stats(every=2).hook
+    good = ft.hooks.memory_stats(every=2)
 
     def without_reset(state):
         stats = torch.cuda.memory_stats("cuda:1")
@@ -498,13 +498,13 @@ def test_hooks_are_frozen_values(make):
     assert one != ft.hooks.profile("traces", when=two_to_three) and one != ft.hooks.memory_stats()
     assert repr(pickle.loads(pickle.dumps(one))) == repr(one)
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
-        one.hook.name = "other"
+        one.name = "other"
 
 
 def test_hooks_print_what_they_are():
     """The text names the settings, and the predicate by its name."""
     assert repr(ft.hooks.memory_stats(every=7)).startswith("at_end(every(7, hook('memory_stats', before_train=")
-    assert ft.hooks.memory_stats(name="gpu").hook.name == "gpu"
-    assert ft.hooks.profile("traces", when=two_to_three, name="start").hook.name == "start"
+    assert ft.hooks.memory_stats(name="gpu").name == "gpu"
+    assert ft.hooks.profile("traces", when=two_to_three, name="start").name == "start"
     shown = repr(ft.hooks.profile("traces", when=two_to_three))
     assert shown.startswith("on_main(Profile(directory='traces', when=two_to_three, activities=None, ")

@@ -7,7 +7,6 @@ import os
 import shutil
 from contextlib import suppress
 
-import attrs
 import pytest
 import torch
 from hypothesis import given, settings
@@ -465,7 +464,7 @@ def test_the_best_stays_when_the_run_goes_back(tmp_path):
             kept["state"] = state
         if state.step == 4 and "gone" not in kept:
             kept["gone"] = True
-            return kept["state"].replace(position=state.position, run=state.run)
+            return state.go_back(kept["state"].replace(position=state.position))
         return None
 
     def step_fn(state, batch):
@@ -473,7 +472,7 @@ def test_the_best_stays_when_the_run_goes_back(tmp_path):
 
     def hooks():
         best = ft.hooks.best_checkpoint(tmp_path / "best", "score", mode="max")
-        rewinding = attrs.evolve(ft.hook(after_step=back, name="back"), rewinds=True)
+        rewinding = ft.hook(after_step=back, name="back")
         return [ft.hook(after_step=report), best, rewinding, ft.hooks.checkpoint(tmp_path / "run", every=1)]
 
     start = ft.TrainState(step=0, position=0, seed=0, params={"w": torch.zeros(1)})

@@ -1,6 +1,7 @@
 """rollback_on_spike: back to a kept state and on with other data; the same whatever was interrupted, pure or in place."""
 
 import copy
+import functools
 import logging
 import math
 import pickle
@@ -309,6 +310,22 @@ def test_two_of_them_keep_their_own_memory():
         }
         assert {name: memory["rollbacks"] for name, memory in final.hooks.items()} == expected
         assert final.position - final.step > len(spikes) - 1
+
+
+def test_an_error_names_the_callback_that_went_back_or_would_have(tmp_path):
+    """Not the wrapper that keeps what outlives a roll-back; nor a functools.partial."""
+    best = ft.hooks.best_checkpoint(tmp_path, "loss", mode="min")
+    with pytest.raises(ValueError, match="no number") as caught:
+        run([rollback(), best], ["no number"])
+    assert "in _Live.look of hook 'rollback_on_spike', at step 1" in caught.value.__notes__
+
+    def fails(_number, state):
+        raise KeyError
+
+    with pytest.raises(KeyError) as caught:
+        run([ft.hook(after_step=functools.partial(fails, 1), name="own")], [1])
+    [note] = caught.value.__notes__
+    assert note.endswith("fails of hook 'own', at step 1") and "functools.partial" not in note
 
 
 def test_two_of_them_resume_exactly():

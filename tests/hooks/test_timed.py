@@ -15,7 +15,7 @@ from strategies import HOOKS, A, B
 
 import fntrain as ft
 from fntrain import TrainState
-from fntrain.core.hook import Hook, flatten
+from fntrain.core.hook import UNGATED, Hook, flatten
 
 
 class Clock:
@@ -177,7 +177,7 @@ def law_same_run(timed, hook):
     plain, with_times = run([hook]), run([timed(hook)])
     assert plain == with_times
     assert plain.metrics == with_times.metrics
-    names = lambda hooks: [getattr(single, "hook", single).name for single in flatten(hooks)]  # noqa: E731
+    names = lambda hooks: [single.name for single in flatten(hooks)]  # noqa: E731
     assert names(timed(hook))[1:] == names(hook)
 
 
@@ -185,7 +185,7 @@ def law_same_run(timed, hook):
 @given(HOOKS)
 def test_timing_changes_nothing(hook):
     """Gated, composed or plain: a run with times is bitwise the run without."""
-    names = [getattr(single, "hook", single).name for single in flatten(hook)]
+    names = [single.name for single in flatten(hook)]
     assume(len(set(names)) == len(names) and not any(getattr(single, "main", False) for single in flatten(hook)))
     law_same_run(ft.hooks.timed, hook)
 
@@ -194,7 +194,7 @@ def test_law_same_run_can_fail():
     """One that turns the order around, and one that runs hooks outside of their gates, are refused."""
     with pytest.raises(AssertionError):
         law_same_run(lambda hook: ft.hooks.timed(ft.compose(*reversed(flatten(hook)))), ft.compose(A, B))
-    ungated = lambda hook: ft.hooks.timed([getattr(single, "hook", single) for single in flatten(hook)])  # noqa: E731
+    ungated = lambda hook: ft.hooks.timed([attrs.evolve(single, **UNGATED) for single in flatten(hook)])  # noqa: E731
     with pytest.raises(AssertionError):
         law_same_run(ungated, ft.every(2, A))
 
@@ -344,7 +344,7 @@ def test_timed_hooks_differ_and_nothing_stays_nothing():
 def test_order_is_checked_as_without_times():
     """What a hook declares (memory, saving, reporting, a place on rank 0) is still known."""
     late = ft.stateful("late", 0, after_step=lambda s: None)
-    saver = attrs.evolve(ft.hook(name="saver"), saves=True)
+    saver = ft.hook(name="saver", needs=[ft.Needs("memory", "would save that memory one step old")])
     with pytest.raises(ValueError, match="'late' has memory and is listed after 'saver'"):
         run([ft.hooks.timed([saver, late])])
     changing = ft.on_main(ft.hook(after_step=lambda s: s.replace(extra={})))

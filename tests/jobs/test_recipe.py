@@ -153,6 +153,36 @@ def test_results_of_a_run_that_a_hook_stopped_are_of_that_step(tmp_path):
     assert result.results == dict(ft.run(recipe, config(tmp_path), eval_only=True).results)
 
 
+def test_timed_hooks_measure_once_too(tmp_path):
+    """The evaluation is found inside `hooks.timed`."""
+    asked = []
+    recipe = attrs.evolve(
+        RECIPE,
+        build_evaluation=lambda _config, _model: lambda state: asked.append(state.step) or {"step": state.step},
+        build_hooks=lambda job: [ft.hooks.timed(quiet_hooks(job))],
+    )
+    assert ft.run(recipe, config(tmp_path, max_steps=5)).results == {"step": 5}
+    assert asked == [2, 4, 5]
+
+
+def test_a_stop_at_once_is_not_followed_by_an_evaluation(tmp_path):
+    """The process may be killed soon: what was not measured is not in the results; what was, is."""
+    asked = []
+
+    def ends(state):
+        return ft.stop(state, "killed", at_once=True) if state.step == at else None
+
+    recipe = attrs.evolve(
+        RECIPE,
+        build_evaluation=lambda _config, _model: lambda state: asked.append(state.step) or {"step": state.step},
+        build_hooks=lambda job: quiet_hooks(job, ft.hook(after_step=ends)),
+    )
+    for at, results in ((3, {}), (4, {"step": 4.0})):
+        result = ft.run(recipe, config(tmp_path))
+        assert (result.state.step, result.results) == (at, results)
+    assert asked == [2, 4]
+
+
 def test_results_are_not_those_of_other_weights(tmp_path):
     """A hook that evaluates averages under the usual prefix does not stand in for the recipe's evaluation."""
 

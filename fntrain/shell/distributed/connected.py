@@ -7,7 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fntrain.core import ranks as core_ranks
 from fntrain.core.ranks import ALONE, Ranks
+from fntrain.core.state import StepFn
+from fntrain.core.wrapping import Wrapped
 
 _made: dict[Any, Ranks] = {}
 
@@ -75,13 +78,39 @@ def ranks() -> Ranks:
       >>> ranks().rank, ranks().world_size
       (0, 1)
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if _num_processes() == 1:
         return ALONE
     world = dist.group.WORLD
     if world not in _made:
         _made.clear()  # of a process group that is gone
         _made[world] = Connected(_group())
     return _made[world]
+
+
+def alone(step_fn: StepFn) -> Wrapped:
+    """Say that each process of the group is to train by itself, on whole batches; `ft.fit` refuses that otherwise.
+
+    For processes that share a machine or a launcher and nothing else: a search over settings, say, or a comparison.
+
+    Args:
+      step_fn: any step of one process.
+    Raises:
+      ValueError: several processes do the step together.
+    Example:
+      >>> alone(lambda state, batch: state.advance()).ranks.by_choice
+      True
+    """
+    together = getattr(step_fn, "ranks", ALONE).world_size
+    if together > 1:
+        raise ValueError(f"alone: {together} processes do this step together; give the step that it was made of")
+    return Wrapped(step_fn, step_fn, Ranks(by_choice=True))
+
+
+def _num_processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+core_ranks.num_processes = _num_processes  # how `ft.fit` knows of the process group, see there
 
 
 def _group() -> Any:

@@ -244,7 +244,7 @@ def synced(num_batches):
     state = ft.init_state(model, ft.optimizer(torch.optim.SGD, lr=0.1))
     state = state.replace(run=Run(ranks=ft.shell.ranks()))
     hook = ft.hooks.precise_bn(model, data, every=1, batch_size=4)
-    return hook.hook.after_step(state).buffers["0.running_mean"].clone(), torch.stack(data).mean(0)
+    return hook.after_step(state).buffers["0.running_mean"].clone(), torch.stack(data).mean(0)
 
 
 @pytest.mark.parametrize("num_batches", [1, 2, 5])
@@ -269,7 +269,7 @@ def untrained(size):
         nn.init.normal_(param)
     state = ft.init_state(model, ft.optimizer(torch.optim.SGD, lr=0.1)).replace(run=Run(ranks=ft.shell.ranks()))
     hook = ft.hooks.precise_bn(model, [sample["x"] for sample in Samples(size)], every=1, batch_size=4)
-    new = hook.hook.after_step(state) if hasattr(hook, "hook") else hook.after_step(state)
+    new = hook.after_step(state)
     return {name: value.clone() for name, value in new.buffers.items()}
 
 

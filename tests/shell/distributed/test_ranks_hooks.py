@@ -95,11 +95,11 @@ def deaf(apart):
     """A twin in which each rank decides on its own value."""
     from fntrain.hooks import plateau
 
-    right, plateau.agreed = plateau.agreed, lambda state, name: state.metrics.get(name)
+    right, plateau.metric_over_ranks = plateau.metric_over_ranks, lambda state, name: state.metrics.get(name)
     try:
         return refused(functools.partial(decided, "reduce_lr_on_plateau", apart))
     finally:
-        plateau.agreed = right
+        plateau.metric_over_ranks = right
 
 
 def test_the_law_can_fail(ranks):

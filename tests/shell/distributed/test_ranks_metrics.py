@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import fntrain as ft
-from fntrain.core.ranks import WEIGHT, combined
+from fntrain.core.metrics import WEIGHT, combined
 from fntrain.events import MetricName
 
 APPROX = functools.partial(pytest.approx, rel=1e-9, abs=1e-12, nan_ok=True)

@@ -88,6 +88,61 @@ def test_a_stop_in_the_last_steps(ranks, at):
         assert (last(one)["step"], last(one)["stop"]) == (at, ft.Stop("requested", "enough (rank 1)"))
 
 
+def spiked(every, before):
+    """In the step in which all go back from step 6 to step 4, one rank asks to stop, before that or after it."""
+
+    def report(state):
+        return state.replace(metrics={**state.metrics, "x": 9.0 if state.position == 6 else 1.0})
+
+    def ends(state):
+        return ft.stop(state, "enough") if state.run.ranks.rank == 0 and state.position == 6 else None
+
+    stopper = ft.every(every, ft.hook(after_step=ends))
+    rollback = ft.hooks.rollback_on_spike("x", window=2, snapshot_every=2, look_every=1)
+    step_fn, state, data = jobs.parts()
+    hooks = [ft.hook(after_step=report, stops=False), *([stopper, rollback] if before else [rollback, stopper])]
+    final = ft.fit(ft.shell.distribute(step_fn), hooks, state=state, data=data, max_steps=9)
+    return final.step, final.position, final.run.stop
+
+
+@pytest.mark.parametrize(("every", "before"), [(6, True), (4, False), (1, True)])
+def test_a_stop_and_a_roll_back_in_one_step(ranks, every, before):
+    """All leave: they ask each other for the step whose gates were asked, wherever the run is after it."""
+    assert ranks(2)(spiked, every, before) == [(4, 6, ft.Stop("requested", "enough (rank 0)"))] * 2
+
+
+def by_itself(how):
+    """A step around a distributed one, a step written by hand, the pure step, one in place."""
+    step_fn, state, data = jobs.parts()
+    together = ft.shell.distribute(step_fn)
+    data = data.shard(together.ranks.rank, 2)
+    forms = {
+        "lambda": lambda state, batch: together(state, batch),
+        "by hand": lambda state, batch: state.advance(),
+        "pure": step_fn,
+        "wrapped": ft.wrap(together, lambda state, batch: together(state, batch)),
+        "alone": ft.shell.alone(step_fn),
+    }
+    try:
+        return ft.fit(forms[how], state=state, data=ft.data.own_share(data.at(0)), max_steps=2).run.ranks.world_size
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("how", ["lambda", "by hand", "pure"])
+def test_a_step_that_would_train_each_rank_alone_is_refused(ranks, how):
+    """With the three ways out."""
+    for told in ranks(2)(by_itself, how):
+        assert told.startswith("step_fn: each of the 2 processes would train ")
+        assert all(way in told for way in ("ft.shell.distribute(step_fn)", "ft.wrap(step_fn, fn)", "ft.shell.alone"))
+
+
+@pytest.mark.parametrize(("how", "size"), [("wrapped", 2), ("alone", 1)])
+def test_a_step_that_says_its_ranks_is_not_refused(ranks, how, size):
+    """Around a distributed step by ft.wrap, or alone because it says so."""
+    assert ranks(2)(by_itself, how) == [size] * 2
+
+
 def ended(hooks):
     step_fn, state, data = jobs.parts()
     step_fn = ft.shell.distribute(step_fn)

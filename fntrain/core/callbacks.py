@@ -12,13 +12,7 @@ Phase = list[tuple[Hook, Callback, Gate | None]]
 
 
 def phase_of(live: list[Hook], name: str, ran: dict[int, int] | None = None) -> Phase:
-    """List the callbacks of a phase with their gates.
-
-    Args:
-      live: the hooks of a run, opened.
-      name: of the phase.
-      ran: where hooks that also run at the end write down, by their id, for which step they ran last.
-    """
+    """List the callbacks of a phase with their gates; at_end hooks write into `ran` for which step they ran last."""
 
     def gate(one: Hook) -> Gate | None:
         if ran is None or not one.at_end:
@@ -39,11 +33,8 @@ def phase_of(live: list[Hook], name: str, ran: dict[int, int] | None = None) -> 
 def call(phase: Phase, state: TrainState, offset: int | None = None, numbers: list[int] | None = None) -> TrainState:
     """Run the callbacks of a phase, each on the state that the one before it returned.
 
-    Args:
-      phase: from `phase_of`.
-      state: what the first one gets.
-      offset: gates are asked for step `state.step + offset`; None runs all.
-      numbers: gets the number of every step to which a hook went back: later gates were asked for that one.
+    Gates are asked for step `state.step + offset`; None runs all. A hook that goes back to another step adds that one
+    to `numbers`, as the gates after it are asked for it.
     """
     for one, callback, gate in phase:
         try:

@@ -50,10 +50,8 @@ def seed_generators(seed: int, *data: int, others: bool = True) -> None:
       True
     """
     value = fold_in(seed, *data)
-    torch.default_generator.manual_seed(value)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        for generator in torch.cuda.default_generators:
-            generator.manual_seed(value)
+    for generator in _torch_generators():
+        generator.manual_seed(value)
     if not others:
         return
     random.seed(value)

@@ -16,7 +16,7 @@ from fntrain import hooks as standard
 from fntrain import schedules, writers
 from fntrain.core.errors import CheckpointError, ConfigError
 from fntrain.core.fold import fit
-from fntrain.core.hook import AnyHook, Hook, flatten, hook
+from fntrain.core.hook import UNGATED, AnyHook, Hook, flatten, hook
 from fntrain.core.ranks import ALONE
 from fntrain.core.state import Run, StepFn, TrainState
 from fntrain.evaluation import flattened
@@ -54,8 +54,8 @@ class Job:
 
     @property
     def named_hooks(self) -> list[Hook]:
-        """The single hooks, in the order in which they run."""
-        return list(flatten(self.hooks))
+        """The single hooks, without their gates, in the order in which they run."""
+        return [attrs.evolve(one, **UNGATED) for one in flatten(self.hooks)]
 
 
 @attrs.frozen(kw_only=True)

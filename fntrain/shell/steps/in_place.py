@@ -4,7 +4,6 @@ What the old state held is overwritten, so its lease ends at the first write and
 """
 
 import gc
-import logging
 import weakref
 from collections.abc import Callable, Hashable
 from operator import attrgetter
@@ -12,7 +11,6 @@ from typing import Any
 
 import attrs
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -28,7 +26,6 @@ from fntrain.steps.supervised import SupervisedStep
 Changes = dict[str, Any]  # fields of the next state that the memory does not hold: metrics, extra
 Execution = Callable[[Memory, TrainState, Batch], Changes]
 _TRAINING, _REQUIRES_GRAD = attrgetter("training"), attrgetter("requires_grad")
-_log = logging.getLogger("fntrain")
 
 
 def in_place(
@@ -73,7 +70,6 @@ def in_place(
     form = (in_place, compile, debug)
     if (same := same_form(step_fn, form)) is not None:
         return same  # type: ignore[no-any-return]
-    _warn_if_alone_in_a_group()
     compiled = attrs.evolve(step_fn, loss_fn=torch.compile(step_fn.loss_fn)) if compile else step_fn
     return Donated(Memory(compiled.body), run_and_find_holders if debug else run, step_fn, form)
 
@@ -162,15 +158,6 @@ def same_form(step_fn: SupervisedStep, form: Hashable) -> Any:
     """Return the step that the same call made before, if it still runs on the model: a notebook's cell run twice."""
     writers = Home.of(step_fn.body.slots.params).writers
     return next((one for one in writers if one.step is step_fn and one.form == form), None)
-
-
-def _warn_if_alone_in_a_group() -> None:
-    if dist.is_available() and dist.is_initialized() and (size := dist.get_world_size()) > 1:
-        _log.warning(
-            "in_place: each of the %d processes trains by itself, on whole batches; for one training of all of them "
-            "give the pure step to ft.shell.distribute",
-            size,
-        )
 
 
 def check_step(step_fn: Any) -> None:

@@ -1,7 +1,6 @@
 """distribute: several ranks do the step that one process does."""
 
 import functools
-import logging
 from datetime import timedelta
 
 import attrs
@@ -17,30 +16,6 @@ import fntrain as ft
 from fntrain.shell.distributed import replicas as exchange
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
-
-
-def alone_among_others():
-    """What is logged when a step in place is made in one of several processes."""
-    said = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    logging.getLogger("fntrain").addHandler(handler)
-    try:
-        model = torch.nn.Linear(2, 1)
-        ft.shell.in_place(ft.supervised_step(model, jobs.mean_loss, ft.optimizer(torch.optim.SGD, lr=0.1)))
-        model = torch.nn.Linear(2, 1)
-        ft.shell.distribute(ft.supervised_step(model, jobs.mean_loss, ft.optimizer(torch.optim.SGD, lr=0.1)))
-    finally:
-        logging.getLogger("fntrain").removeHandler(handler)
-    return said
-
-
-def test_a_step_in_place_says_that_it_trains_alone(ranks):
-    """distribute was forgotten, most likely; it says nothing itself."""
-    for said in ranks(2)(alone_among_others):
-        assert [text.partition(";")[0] for text in said] == [
-            "in_place: each of the 2 processes trains by itself, on whole batches"
-        ]
 
 
 def close(ranks, alone, dtype):

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 
@@ -23,7 +24,7 @@ def whole(name: str, value: Any, low: int) -> int:
 
 
 def number(name: str, value: Any, holds: Callable[[Any], bool], expected: str, *, optional: bool = False) -> None:
-    """Raise ValueError unless a value is an int or float for which `holds` is true, or None where that is allowed.
+    """Raise ValueError unless a value is a number (NumPy's too) for which `holds` is true, or None where that is allowed.
 
     Example:
       >>> number("decay", 1.5, lambda decay: 0 <= decay < 1, "in [0, 1)")
@@ -32,7 +33,7 @@ def number(name: str, value: Any, holds: Callable[[Any], bool], expected: str, *
     """
     if optional and value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not holds(value):
         raise ValueError(f"{name}: got {value!r}, expected a number {expected}{' or None' if optional else ''}")
 
 

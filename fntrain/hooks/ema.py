@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fntrain.core import gates, tree
+from fntrain.core.check import number
 from fntrain.core.hook import AnyHook, stateful
 from fntrain.core.state import TrainState, remember
 from fntrain.core.tree import PyTree
@@ -44,8 +45,7 @@ def ema(decay: float = 0.999, *, every: int = 1, warmup: bool = True, name: str 
 
     Source: Polyak and Juditsky 1992; the warm-up is that of tf.train.ExponentialMovingAverage
     """
-    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
-        raise ValueError(f"decay: got {decay!r}, expected a number in [0, 1)")
+    number("decay", decay, lambda decay: 0 <= decay < 1, "in [0, 1)")
     return gates.every(every, stateful(name, _Start(), after_step=Ema(name, decay, warmup), stops=False))
 
 

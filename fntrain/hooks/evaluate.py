@@ -7,6 +7,7 @@ import attrs
 from torch import Tensor
 
 from fntrain.core import gates
+from fntrain.core.check import function, real
 from fntrain.core.hook import AnyHook, hook
 from fntrain.core.ranks import Ranks, combined
 from fntrain.core.state import TrainState
@@ -46,12 +47,7 @@ def _alike(ranks: Ranks, numbers: Mapping[str, Scalar]) -> dict[str, Scalar]:
 def _number(name: str, value: Any) -> Tensor | float:
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"evaluate: {name!r} has shape {tuple(value.shape)}, expected a number")
-    if isinstance(value, Tensor | int | float):
-        return value
-    try:
-        return float(value)  # NumPy's numbers
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"evaluate: {name!r} is {type(value).__name__}, expected a number") from error
+    return value if isinstance(value, Tensor) else real(f"evaluate: {name!r} is", value, ValueError)
 
 
 def evaluate(
@@ -89,7 +85,6 @@ def evaluate(
 
     Source: detectron2's EvalHook
     """
-    if not callable(fn):
-        raise TypeError(f"fn: got {type(fn).__name__}, expected a function of the state, such as ft.evaluation(...)")
+    function("fn", fn, "a function of the state, such as ft.evaluation(...)")
     reporting = hook(after_step=Evaluate(fn, prefix, weights), name=name, communicates=True, stops=False)
     return gates.at_end(gates.every(every, attrs.evolve(reporting, reports=True, reads=weights)))

@@ -13,7 +13,7 @@ from torch import profiler
 from torch.profiler import ProfilerActivity
 
 from fntrain.core import gates
-from fntrain.core.check import whole
+from fntrain.core.check import function, whole
 from fntrain.core.hook import AnyHook, Hook, Predicate, hook, resource
 from fntrain.core.state import TrainState
 
@@ -82,8 +82,7 @@ def profile(
 
     Source: detectron2's TorchProfiler
     """
-    if not callable(when):
-        raise TypeError(f"when: got {type(when).__name__}, expected a function such as lambda state: state.step < 20")
+    function("when", when, "a function such as lambda state: state.step < 20")
     several: Any = activities if isinstance(activities, list | tuple) else (activities,)
     if not several:
         raise ValueError("activities: got none, expected members of torch.profiler.ProfilerActivity, or None")

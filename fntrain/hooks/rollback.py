@@ -13,7 +13,7 @@ import attrs
 import torch
 
 from fntrain.core import tree
-from fntrain.core.check import whole
+from fntrain.core.check import number, whole
 from fntrain.core.hook import AnyHook, Hook, hook, resource
 from fntrain.core.ranks import agreed
 from fntrain.core.state import TrainState, remember, snapshot, stop
@@ -74,8 +74,7 @@ def rollback_on_spike(
 
     Source: Chowdhery et al. 2022, PaLM, section 5.1, https://arxiv.org/abs/2204.02311
     """
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 < factor < math.inf:
-        raise ValueError(f"factor: got {factor!r}, expected a number > 1")
+    number("factor", factor, lambda factor: 1 < factor < math.inf, "> 1")
     record = RollBack(
         metric,
         factor,

@@ -6,7 +6,7 @@ from typing import Any
 
 import attrs
 
-from fntrain.core.check import whole
+from fntrain.core.check import function, number, one_of, whole
 from fntrain.core.hook import AnyHook, Predicate, hook, stateful
 from fntrain.core.ranks import agreed
 from fntrain.core.state import TrainState, remember, stop
@@ -43,10 +43,8 @@ def early_stopping(
 
     Source: Prechelt 1998, "Early Stopping - But When?"
     """
-    if mode not in ("max", "min"):
-        raise ValueError(f'mode: got {mode!r}, expected "max" or "min"')
-    if not min_delta >= 0:
-        raise ValueError(f"min_delta: got {min_delta!r}, expected a number >= 0")
+    one_of("mode", mode, ("max", "min"))
+    number("min_delta", min_delta, lambda delta: delta >= 0, ">= 0")
     record = EarlyStopping(metric, mode, whole("patience", patience, 1), min_delta, name)
     start = {"best": None, "step": None, "waited": 0}
     return stateful(
@@ -78,8 +76,7 @@ def stop_when(predicate: Predicate, reason: str, *, name: str = "stop_when") -> 
       >>> final.step, final.run.stop
       (2, Stop(kind='requested', reason='loss is below 0.1'))
     """
-    if not callable(predicate):
-        raise TypeError(f"predicate: got {type(predicate).__name__}, expected a function of the state")
+    function("predicate", predicate, "a function of the state")
     if not isinstance(reason, str):
         raise TypeError(f"reason: got {type(reason).__name__}, expected a text")
     return hook(after_step=StopWhen(predicate, reason), name=name)

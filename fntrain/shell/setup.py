@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from fntrain.core.check import one_of
 from fntrain.core.errors import ConfigError
 from fntrain.shell.checkpoints.remote import RemotePath, place
 from fntrain.steps.precision import FLOAT32
@@ -57,8 +58,7 @@ def setup(
 
     Source: detectron2's default_setup
     """
-    if float32_precision not in (None, "ieee", "tf32"):
-        raise ValueError(f"float32_precision: got {float32_precision!r}, expected 'ieee', 'tf32' or None")
+    one_of("float32_precision", float32_precision, ("ieee", "tf32", None))
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     root = Path(directory)
     try:

@@ -267,7 +267,7 @@ def law_no_transfer(hooks_for, monkeypatch):
         MetricName("lr", smooth="latest"): torch.tensor(0.1),
     }
     rows, before = [], []
-    monkeypatch.setattr("fntrain.hooks.metrics.stalls", lambda tensor: True)  # as on a GPU
+    monkeypatch.setattr("fntrain.hooks.series.stalls", lambda tensor: True)  # as on a GPU
     with transfers(monkeypatch) as counted:
 
         def step_fn(state, batch):

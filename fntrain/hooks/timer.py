@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import attrs
@@ -13,6 +12,7 @@ from fntrain.core.check import whole
 from fntrain.core.hook import AnyHook, Hook, hook, resource
 from fntrain.core.state import TrainState
 from fntrain.events import MetricName
+from fntrain.writers.process import duration
 
 _log = logging.getLogger("fntrain")
 DATA = MetricName("time/data", reduce="max")  # of several ranks the slowest is what all wait for
@@ -59,7 +59,7 @@ class _Clock:
                 return
             self.data = time.perf_counter() - start
             yield batch
-            del batch  # or it would live until the next one is there
+            del batch  # drop our reference now, or two batches are alive while the next is read
 
     def before_step(self, _: TrainState) -> None:
         self.begin = time.perf_counter()
@@ -83,15 +83,11 @@ class _Clock:
         _log.info(
             "%d steps in %s (%.3g s / step); total %s, %s in hooks",
             num_steps,
-            _duration(self.steps),
+            duration(self.steps),
             self.steps / num_steps,
-            _duration(self.steps + self.hooks),
-            _duration(self.hooks),
+            duration(self.steps + self.hooks),
+            duration(self.hooks),
         )
-
-
-def _duration(seconds: float) -> timedelta:
-    return timedelta(seconds=round(seconds))
 
 
 def iteration_timer(*, warmup_steps: int = 3, name: str = "iteration_timer") -> AnyHook:

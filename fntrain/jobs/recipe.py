@@ -24,7 +24,8 @@ from fntrain.jobs.config import Config, scale_config, to_dict
 from fntrain.shell.checkpoints.save_load import checkpoints, resume_or
 from fntrain.shell.distributed.connected import ranks
 from fntrain.shell.distributed.distribute import distribute
-from fntrain.shell.setup import keep_config, seed_all
+from fntrain.core.rng import seed_all
+from fntrain.shell.setup import keep_config
 from fntrain.shell.steps.graphs import checked_device, cuda_step
 from fntrain.shell.steps.in_place import in_place
 from fntrain.shell.weights.load import load_params

@@ -24,7 +24,7 @@ def whole(name: str, value: Any, low: int) -> int:
 
 
 def number(name: str, value: Any, holds: Callable[[Any], bool], expected: str, *, optional: bool = False) -> None:
-    """Raise ValueError unless a value is a number (NumPy's too) for which `holds` is true, or None where that is allowed.
+    """Raise ValueError unless a value is a number for which `holds` is true, or None where that is allowed.
 
     Example:
       >>> number("decay", 1.5, lambda decay: 0 <= decay < 1, "in [0, 1)")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
+from toolz import merge_with, valmap
 from torch import Tensor
 
 from fntrain.core import gates
@@ -30,18 +31,17 @@ class Evaluate:
             raise TypeError(f"evaluate: the function returned {type(results).__name__}, expected a dict of numbers")
         numbers = {name: _number(name, value) for name, value in flattened(results).items()}
         if state.run.ranks.world_size > 1:
-            numbers = _alike(state.run.ranks, numbers)
-        metrics = dict(state.metrics)
-        for name, number in numbers.items():
-            metrics[MetricName(f"{self.prefix}{name}", reduce="same", smooth="each")] = number
-        return state.replace(metrics=metrics)
+            numbers = _means(state.run.ranks, numbers)
+        shown = {
+            MetricName(f"{self.prefix}{name}", reduce="same", smooth="each"): number for name, number in numbers.items()
+        }
+        return state.replace(metrics={**state.metrics, **shown})
 
 
-def _alike(ranks: Ranks, numbers: Mapping[str, Scalar]) -> dict[str, Scalar]:
+def _means(ranks: Ranks, numbers: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """The means over the ranks that have them; the results of `ft.evaluation` are the same on all."""
-    everyone = ranks.gather({name: float(number) for name, number in numbers.items()})
-    names = dict.fromkeys(name for theirs in everyone for name in theirs)
-    return {name: combined(name, [(theirs[name], 1.0) for theirs in everyone if name in theirs]) for name in names}
+    values = merge_with(list, *ranks.gather(valmap(float, numbers)))
+    return {name: combined(name, [(value, 1.0) for value in several]) for name, several in values.items()}
 
 
 def _number(name: str, value: Any) -> Tensor | float:

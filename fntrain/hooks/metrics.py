@@ -206,7 +206,7 @@ class MetricsLog:
 
     def results(self) -> dict[str, Series]:
         """The series of which every value is shown at its own step."""
-        return valfilter(lambda one: bool(one.values) and one.shown == "each", self.series)
+        return {name: one for name, one in self.series.items() if one.values and one.shown == "each"}
 
     def write(self, state: TrainState) -> None:
         """Write one row for each step that has results of its own, and one for the period."""

@@ -18,7 +18,7 @@ from fntrain.core.hook import AnyHook, Hook, hook, resource
 from fntrain.core.ranks import agreed
 from fntrain.core.state import TrainState, remember, snapshot, stop
 from fntrain.events import MetricName
-from fntrain.hooks.metrics import to_host
+from fntrain.hooks.series import to_host
 
 _log = logging.getLogger("fntrain")
 ROLLBACKS = MetricName("rollbacks", reduce="max", smooth="each")

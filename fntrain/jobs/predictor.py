@@ -16,7 +16,8 @@ from fntrain.core.containers import leaves, map_leaves
 from fntrain.core.errors import ConfigError
 from fntrain.core.state import TrainState
 from fntrain.jobs.config import from_dict
-from fntrain.jobs.recipe import Recipe, device_of
+from fntrain.jobs.defaults import device_of
+from fntrain.jobs.recipe import Recipe
 from fntrain.shell.checkpoints.remote import Place, RemotePath, place
 from fntrain.shell.checkpoints.save_load import latest
 from fntrain.shell.weights.load import load_params
@@ -57,7 +58,7 @@ class Predictor:
         with torch.inference_mode():
             outputs = self.recipe.predict_fn(self.model, move_batch(default_collate(list(samples)), device))
         for leaf in leaves(outputs):
-            if isinstance(leaf, Tensor) and leaf.ndim == 0 or _is_split(leaf) and len(leaf) != len(samples):
+            if (isinstance(leaf, Tensor) and leaf.ndim == 0) or (_is_split(leaf) and len(leaf) != len(samples)):
                 raise ValueError(
                     f"predict_fn: gave an output of shape {tuple(leaf.shape)} for {len(samples)} samples; expected "
                     f"tensors whose first dimension is {len(samples)}, in dicts, lists or tuples"

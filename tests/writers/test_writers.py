@@ -333,7 +333,9 @@ def test_console_shows_the_peak_of_this_process(capsys, monkeypatch, tmp_path):
 def test_the_peak_of_a_process_is_not_that_of_its_parent():
     """The parent takes 256 MiB and starts a small child, by fork and exec."""
     child = f"import runpy; print(max(runpy.run_path({process.__file__!r})['process_memory']().values()))"
-    parent = f"import subprocess, sys; held = b'x' * 2**28; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    parent = (
+        f"import subprocess, sys; held = b'x' * 2**28; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    )
     told = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True).stdout
     assert 0 < int(told) < 2**27
 

@@ -107,9 +107,9 @@ class _Start:
 
 
 def _moved(state: TrainState, memory: Mapping[str, Any], weight: float) -> dict[str, Any]:
-    """The averages, moved by `weight` towards the state's; copies of what can't be averaged. All in new memory."""
+    """Move the averages by `weight` towards the state's tensors, in new memory; what has no average is copied."""
     current = {"params": state.params, "buffers": state.buffers}
-    kinds = tree.tensors(current)  # of several ranks each averages its part
+    kinds = tree.tensors(current)  # each rank averages the part that it holds
     pairs = [
         (tree.local(new), old if old is None else tree.local(tree.split_like(new, old)))
         for new, old in _paired(current, memory)
@@ -126,7 +126,7 @@ def _moved(state: TrainState, memory: Mapping[str, Any], weight: float) -> dict[
 
 
 def _paired(current: PyTree, memory: PyTree) -> list[tuple[Tensor, Tensor | None]]:
-    """Every tensor of a tree, and the one of that name in memory, which may come in another order or lack it."""
+    """Pair every tensor of a tree with that of the same name in memory, which may have another order or lack it."""
     pairs: list[tuple[Tensor, Tensor | None]] = []
     for name, value in current.items():
         kept = memory.get(name)

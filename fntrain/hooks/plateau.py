@@ -17,8 +17,8 @@ _log = logging.getLogger("fntrain")
 
 
 @attrs.frozen
-class _AtEnd:
-    """Says so if there was nothing to look at: a misspelt metric would otherwise never be noticed."""
+class _WarnUnseen:
+    """The callback at the end: warns if no step reported the metric, whose name may be misspelt."""
 
     rule: "ReduceLROnPlateau"
 
@@ -115,7 +115,7 @@ def reduce_lr_on_plateau(
         name,
         {"best": worst, "bad": 0, "resting": 0, "step": -1},
         after_step=record,
-        after_train=_AtEnd(record),
+        after_train=_WarnUnseen(record),
         communicates=True,
         stops=False,
     )

@@ -50,9 +50,9 @@ def early_stopping(
     return stateful(
         name,
         start,
-        before_train=_AtStart(record),
+        before_train=_StopAgain(record),
         after_step=record,
-        after_train=_AtEnd(record),
+        after_train=_WarnUnseen(record),
         communicates=True,
         stops=False,  # all ranks decide on the same number
     )
@@ -106,10 +106,10 @@ class EarlyStopping:
         memory: Any = state.hooks[self.name]
         if memory["waited"] < self.patience:
             return state
-        told = f"{self.name}: {self.metric} has not got better in {memory['waited']} reports"
+        reason = f"{self.name}: {self.metric} has not got better in {memory['waited']} reports"
         if memory["best"] is None:
-            return stop(state, f"{told}: it was never a finite number")
-        return stop(state, f"{told} than {memory['best']:.6g} at step {memory['step']}")
+            return stop(state, f"{reason}: it was never a finite number")
+        return stop(state, f"{reason} than {memory['best']:.6g} at step {memory['step']}")
 
     def _improves(self, value: float, best: float | None) -> bool:
         if best is None or not math.isfinite(value):
@@ -118,8 +118,8 @@ class EarlyStopping:
 
 
 @attrs.frozen
-class _AtStart:
-    """A run that was stopped, resumed: it ends as it did."""
+class _StopAgain:
+    """The callback at the start: a run that this hook has stopped stops again when it is resumed."""
 
     rule: EarlyStopping
 
@@ -128,8 +128,8 @@ class _AtStart:
 
 
 @attrs.frozen
-class _AtEnd:
-    """Says so if there was nothing to look at: a misspelt metric would otherwise never be noticed."""
+class _WarnUnseen:
+    """The callback at the end: warns if no step reported the metric, whose name may be misspelt."""
 
     rule: EarlyStopping
 

@@ -20,7 +20,7 @@ DATA = MetricName("time/data", reduce="max")  # of several ranks the slowest is 
 
 @attrs.frozen
 class IterationTimer:
-    """The hook's value; called, it gives the live one, which holds the clock."""
+    """The parameters of the hook; called, it gives the live one, which holds the clock."""
 
     warmup_steps: int
 
@@ -31,7 +31,7 @@ class IterationTimer:
         try:
             yield attrs.evolve(live, wrap_data=clock.wrap_data)
         finally:
-            clock.finish()  # opened first and so closed last: what other hooks do at the end is in
+            clock.finish()  # opened first, so closed last: the time that other hooks take at the end counts
 
 
 class _Clock:
@@ -49,7 +49,7 @@ class _Clock:
     def wrap_data(self, batches: Iterator[Any]) -> Iterator[Any]:
         while True:
             start = time.perf_counter()
-            if self.in_hooks:  # those of the step before
+            if self.in_hooks:  # the hooks of the step before
                 self.hooks += start - self.end
                 self.in_hooks = False
             try:
@@ -78,7 +78,7 @@ class _Clock:
         num_steps = self.num_steps - self.warmup_steps
         if num_steps <= 0:
             return
-        if self.in_hooks:  # not when a step raised: its time is nobody's
+        if self.in_hooks:  # not when a step raised: its time is not one of hooks
             self.hooks += time.perf_counter() - self.end
         _log.info(
             "%d steps in %s (%.3g s / step); total %s, %s in hooks",

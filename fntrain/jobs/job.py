@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
-from toolz import valmap
 from torch import nn
 
 from fntrain.core.hook import AnyHook, Gated, Hook, flatten
@@ -38,7 +37,8 @@ class Job:
         """Return what the evaluation says of a state; nothing is evaluated again if a hook has just reported it."""
         if self.evaluation is None:
             return {}
-        return valmap(float, flattened(self._reported(state) or self.evaluation(state)))
+        found = self._reported(state) or self.evaluation(state)
+        return {name: float(value) for name, value in flattened(found).items()}
 
     def _reported(self, state: TrainState) -> dict[str, Any]:
         """The results in the metrics, of the first hook that evaluates the very weights of the state."""

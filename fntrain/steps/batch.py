@@ -105,7 +105,8 @@ def signature(batch: Batch) -> Hashable:
         return (batch.shape, batch.dtype, batch.device, layout)
     found = children(batch)
     if found is not None:
-        return (type(batch), tuple(found.keys), *map(signature, found.values))
+        kind: Any = type(batch)
+        return (kind, tuple(found.keys), *map(signature, found.values))
     if hasattr(batch, "tobytes"):  # an array
         return (str(batch.dtype), batch.shape, batch.tobytes())
     return (type(batch), batch) if isinstance(batch, Hashable) else repr(batch)

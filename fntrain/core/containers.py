@@ -25,6 +25,7 @@ class Children(NamedTuple):
     keys: Sequence[Any]
     values: Sequence[Any]
     rebuild: Callable[[Sequence[Any]], Any]
+    are_fields: bool = False  # whether the keys are names of a record's fields
 
 
 def children(value: Any) -> Children | None:
@@ -36,11 +37,16 @@ def children(value: Any) -> Children | None:
       (('x', 'y'), (1, 2), {'x': 3, 'y': 4})
     """
     kind = type(value)
+    if kind is dict:  # the kinds that most batches are made of come first
+        keys = tuple(value)
+        return Children(keys, tuple(value.values()), partial(_dict, keys))
+    if kind is tuple or kind is list:
+        return Children(range(len(value)), value, kind)
     if isinstance(value, Tensor):
         return None
-    if is_record(value):
+    if hasattr(kind, "__dataclass_fields__") or hasattr(kind, "__attrs_attrs__"):
         names, arguments = _fields(kind)
-        return Children(names, [getattr(value, name) for name in names], partial(_record, kind, arguments))
+        return Children(names, [getattr(value, name) for name in names], partial(_record, kind, arguments), True)
     if isinstance(value, Mapping):
         return Children(tuple(value), tuple(value.values()), partial(_mapping, _emptied(value), tuple(value)))
     if isinstance(value, tuple | list):
@@ -56,11 +62,6 @@ def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
       >>> map_leaves(str, {"x": [1, 2.0]})
       {'x': ['1', '2.0']}
     """
-    kind = type(value)
-    if kind is dict:  # the two kinds that most batches are made of
-        return {key: map_leaves(fn, item) for key, item in value.items()}
-    if kind is tuple or kind is list:
-        return kind([map_leaves(fn, item) for item in value])
     found = children(value)
     return fn(value) if found is None else found.rebuild([map_leaves(fn, item) for item in found.values])
 
@@ -76,17 +77,6 @@ def leaves(value: Any) -> list[Any]:
     return [value] if found is None else [leaf for item in found.values for leaf in leaves(item)]
 
 
-def is_record(value: Any) -> bool:
-    """Tell whether a value is a dataclass or an attrs record; the class itself is none.
-
-    Example:
-      >>> is_record(attrs.make_class("Point", ["x"])(1)), is_record((1, 2))
-      (True, False)
-    """
-    kind = type(value)
-    return hasattr(kind, "__dataclass_fields__") or hasattr(kind, "__attrs_attrs__")
-
-
 def _fields(kind: Any) -> tuple[list[str], list[str]]:
     """Names of the fields that the constructor takes, and the names that it takes them by."""
     if dataclasses.is_dataclass(kind):
@@ -96,13 +86,17 @@ def _fields(kind: Any) -> tuple[list[str], list[str]]:
     return [field.name for field in fields], [field.alias or field.name for field in fields]
 
 
+def _dict(keys: Sequence[Any], values: Sequence[Any]) -> dict[Any, Any]:
+    return dict(zip(keys, values, strict=True))
+
+
 def _record(kind: Any, arguments: Sequence[str], values: Sequence[Any]) -> Any:
     return kind(**dict(zip(arguments, values, strict=True)))
 
 
 def _emptied(value: Mapping[Any, Any]) -> Any:
     """An empty mapping of the same class and attributes; of a class of one's own, its constructor; else dict."""
-    if type(value) is dict or not isinstance(value, MutableMapping):
+    if not isinstance(value, MutableMapping):
         return dict
     if not isinstance(value, dict | UserDict):
         return type(value)  # a copy of it could share what it holds with the original
@@ -112,12 +106,9 @@ def _emptied(value: Mapping[Any, Any]) -> Any:
 
 
 def _mapping(empty: Any, keys: Sequence[Any], values: Sequence[Any]) -> Any:
-    items = dict(zip(keys, values, strict=True))
-    if empty is dict:
-        return items
     if isinstance(empty, type):
-        return empty(items)
+        return empty(_dict(keys, values))
     new = copy.copy(empty)
-    for key, item in items.items():  # not update(), which adds up in a Counter
+    for key, item in zip(keys, values, strict=True):  # not update(), which adds up in a Counter
         new[key] = item
     return new

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fntrain.core.containers import children, is_record, map_leaves
+from fntrain.core.containers import children, map_leaves
 
 Batch = Any
+_OF_SAMPLE = (str, int, float, Mapping)
 
 
 def num_samples(batch: Batch) -> int:
@@ -119,16 +120,15 @@ def _sizes(batch: Batch, path: str) -> Iterator[tuple[str, int]]:
     elif _is_sample_list(batch):
         yield path, len(batch)
     elif (found := children(batch)) is not None:
-        fields = is_record(batch)
         for key, value in zip(found.keys, found.values, strict=True):
-            yield from _sizes(value, f"{path}.{key}" if fields else f"{path}[{key!r}]")
+            yield from _sizes(value, f"{path}.{key}" if found.are_fields else f"{path}[{key!r}]")
 
 
 def _is_sample_list(value: Any) -> bool:
     """Whether there is one mapping, text or number for each sample, as in detection batches and default collate's."""
-    kinds = (Mapping, str, int, float)
-    is_list = isinstance(value, tuple | list) and not hasattr(value, "_fields")  # a named tuple holds fields
-    return is_list and bool(value) and all(isinstance(item, kinds) for item in value)
+    if not isinstance(value, (tuple, list)) or hasattr(value, "_fields"):  # a named tuple holds fields
+        return False
+    return bool(value) and all(isinstance(item, _OF_SAMPLE) for item in value)
 
 
 def is_array(value: Any) -> bool:

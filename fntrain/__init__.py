@@ -39,8 +39,10 @@ from fntrain.writers.history import History
 if TYPE_CHECKING:
     from fntrain.jobs.cli import main
     from fntrain.jobs.config import Config, scale_config, to_dict
+    from fntrain.jobs.defaults import default_hooks
+    from fntrain.jobs.job import Job, Result
     from fntrain.jobs.predictor import Predictor, predictor
-    from fntrain.jobs.recipe import Job, Recipe, Result, build, default_hooks, run
+    from fntrain.jobs.recipe import Recipe, build, run
     from fntrain.shell.weights.load import export, load_params
 
 __all__ = [
@@ -132,12 +134,12 @@ __getattr__ = exported_later(
     globals(),
     {
         "Config": "fntrain.jobs.config",
-        "Job": "fntrain.jobs.recipe",
+        "Job": "fntrain.jobs.job",
         "Predictor": "fntrain.jobs.predictor",
         "Recipe": "fntrain.jobs.recipe",
-        "Result": "fntrain.jobs.recipe",
+        "Result": "fntrain.jobs.job",
         "build": "fntrain.jobs.recipe",
-        "default_hooks": "fntrain.jobs.recipe",
+        "default_hooks": "fntrain.jobs.defaults",
         "export": "fntrain.shell.weights.load",
         "load_params": "fntrain.shell.weights.load",
         "jobs": "fntrain.jobs",

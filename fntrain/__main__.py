@@ -1,6 +1,6 @@
 """The command line, `python -m fntrain`: look into checkpoints and safetensors files, compare, verify and export them.
 
-Exit status: 0; 1 where `diff` finds a difference or `verify` damage; 2 for an error, told on stderr.
+Exit status: 0; 1 where `diff` finds a difference or `verify` damage; 2 for an error, which stderr names.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, `head` say, has seen enough; the interpreter must not flush again
+    except BrokenPipeError:  # the reader, such as `head`, has closed; the interpreter must not flush again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
     except (FntrainError, OSError) as error:
@@ -48,7 +48,7 @@ def _inspect(options: argparse.Namespace) -> int:
     rows = [
         (leaf.leaf, str(leaf.shape), leaf.dtype, f"{leaf.bytes:,}", _norm(leaf))
         if leaf.shape is not None
-        else (leaf.leaf, "", leaf.dtype, "", _short(leaf.value))
+        else (leaf.leaf, "", leaf.dtype, "", _shortened(leaf.value))
         for leaf in leaves
     ]
     _print_table(("leaf", "shape", "dtype", "bytes", "norm or value"), rows, right=(3, 4))
@@ -127,7 +127,7 @@ def _norm(leaf: inspect.LeafSummary) -> str:
     return f"{leaf.norm:.6g}" + (f" ({leaf.nonfinite:,} inf or nan)" if leaf.nonfinite else "")
 
 
-def _short(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, count, islice, repeat
 from typing import Any
 
 import attrs
 import torch
+from toolz import merge, merge_with, valmap
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -14,12 +16,13 @@ from fntrain import events
 from fntrain.core.ranks import Ranks
 from fntrain.core.rng import preserved_generators, seed_generators
 from fntrain.core.state import TrainState
-from fntrain.steps.batch import Batch, map_batch, num_samples
+from fntrain.steps.batch import Batch, move_batch, num_samples
 from fntrain.steps.loss import Weighted
 from fntrain.steps.module import bound
 
 MetricsFn = Callable[[nn.Module, Batch], Mapping[str, Any]]
-NOBODYS = -1  # number of a batch that does not count
+Metrics = dict[str, tuple[Any, Any]]  # name -> sum over the samples of a batch, and weight
+UNCOUNTED = -1  # number of a batch that another rank has counted
 # Keep the draws of an evaluation, and of its reading, apart from those of the training step of the same number.
 _USE, _READ = 0x6576616C, 0x65726561
 
@@ -34,37 +37,30 @@ class Evaluation:
     own: bool = attrs.field(default=False, repr=False)  # whether the loader was made here, and reads in order
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        found: dict[int, dict[str, tuple[Any, Any]]] = {}  # number of the batch -> name -> sum and weight
         ranks = state.run.ranks
         with preserved_generators(), bound(self.model, state), _eval_mode(self.model), torch.no_grad():
-            device = next(iter(state.params.values())).device
-
-            def moved(batch: Batch) -> Batch:
-                return (
-                    map_batch(lambda tensor: tensor.to(device, non_blocking=True), batch)
-                    if device.type != "cpu"
-                    else batch
-                )
-
-            for number, batch in alongside(self._share(state), self.data, ranks):
-                seed_generators(state.seed, state.step, _USE, max(number, 0))
-                batch = moved(batch)
-                with events.collecting():  # what the model reports while evaluating belongs to no step
-                    results = self.fn(self.model, batch)
-                if not isinstance(results, Mapping):
-                    raise TypeError(f"evaluation: fn returned {type(results).__name__}, expected a dict of metrics")
-                if number != NOBODYS:
-                    flat = flattened(results)
-                    found[number] = {name: _sum_and_weight(name, value, batch) for name, value in flat.items()}
+            found = dict(self._measured(state))
+        found.pop(UNCOUNTED, None)
         if ranks.world_size > 1:
-            found = {number: parts for theirs in ranks.gather(_on_host(found)) for number, parts in theirs.items()}
-        sums: dict[str, list[tuple[Any, Any]]] = {}
-        for number in sorted(found):  # in the order of the data, so that the sum's bits do not depend on ranks
-            for name, part in found[number].items():
-                sums.setdefault(name, []).append(part)
-        if not sums:
+            found = merge(*ranks.gather(_on_host(found)))
+        # In the order of the data, so that the bits of a sum do not depend on the number of ranks.
+        parts = merge_with(list, *(found[number] for number in sorted(found)))
+        if not parts:
             raise ValueError("evaluation: the data gave no batch, or fn no metric")
-        return {name: _mean(parts) for name, parts in sums.items()}
+        means: dict[str, float] = valmap(_mean, parts)
+        return means
+
+    def _measured(self, state: TrainState) -> Iterator[tuple[int, Metrics]]:
+        """Yield the number of each batch of this rank, with the sum and the weight of every metric."""
+        device = next(iter(state.params.values())).device
+        for number, batch in alongside(self._share(state), self.data, state.run.ranks):
+            seed_generators(state.seed, state.step, _USE, max(number, 0))
+            batch = batch if device.type == "cpu" else move_batch(batch, device)
+            with events.collecting():  # what the model reports while evaluating belongs to no step
+                results = self.fn(self.model, batch)
+            if not isinstance(results, Mapping):
+                raise TypeError(f"evaluation: fn returned {type(results).__name__}, expected a dict of metrics")
+            yield number, {name: _sum_and_weight(name, value, batch) for name, value in flattened(results).items()}
 
     def _share(self, state: TrainState) -> Iterator[tuple[int, Batch]]:
         """The batches of this rank with their numbers: whole ones, the same as for one process."""
@@ -96,7 +92,7 @@ def alongside(
     for one in chain(share, repeat(None)):
         if not ranks.max(one is not None):
             return
-        yield one or (NOBODYS, next(iter(data)))
+        yield one or (UNCOUNTED, next(iter(data)))
 
 
 def evaluation(
@@ -173,12 +169,11 @@ def flattened(results: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
     Source: detectron2's flatten_results_dict
     """
-    flat = {}
-    for name, value in results.items():
-        if isinstance(value, Mapping):
-            flat.update(flattened(value, f"{prefix}{name}/"))
-        else:
-            flat[f"{prefix}{name}"] = value
+    nested = (
+        flattened(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        for name, value in results.items()
+    )
+    flat: dict[str, Any] = merge({}, *nested)
     return flat
 
 
@@ -193,15 +188,17 @@ def _sum_and_weight(name: str, value: Any, batch: Batch) -> tuple[Any, Any]:
     return (number, weight) if weighs else (number * weight, weight)
 
 
-def _on_host(found: dict[int, dict[str, tuple[Any, Any]]]) -> dict[int, dict[str, tuple[Any, Any]]]:
+def _on_host(found: dict[int, Metrics]) -> dict[int, Metrics]:
     """Sums and weights as numbers, for the other ranks, by one transfer."""
     waiting = [one for parts in found.values() for part in parts.values() for one in part if isinstance(one, Tensor)]
     numbers = iter(torch.stack([one.to(waiting[0].device) for one in waiting]).tolist() if waiting else [])
 
-    def told(part: tuple[Any, Any]) -> tuple[Any, ...]:
-        return tuple(next(numbers) if isinstance(one, Tensor) else one for one in part)
+    def on_host(part: tuple[Any, Any]) -> tuple[Any, Any]:
+        number, weight = (next(numbers) if isinstance(one, Tensor) else one for one in part)
+        return number, weight
 
-    return {number: {name: told(part) for name, part in parts.items()} for number, parts in found.items()}
+    numbered: dict[int, Metrics] = valmap(partial(valmap, on_host), found)
+    return numbered
 
 
 def _mean(parts: list[tuple[Any, Any]]) -> float:

@@ -13,6 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from fntrain.core.check import real
 from fntrain.core.metrics import Combine, MetricName, Reduce, Scalar, Smooth
 
 __all__ = [
@@ -101,7 +102,7 @@ def put_scalar(name: str, value: Scalar | int, *, reduce: Combine = "mean", smoo
             raise ValueError(f"put_scalar({name!r}): got shape {tuple(value.shape)}, expected one element")
         value = value.detach().reshape(()).clone()
     else:
-        value = _number(name, value)
+        value = real(f"put_scalar({name!r}): got", value)
     if reduce not in ("mean", "sum", "max", "min"):
         raise ValueError(f"put_scalar({name!r}): got reduce={reduce!r}, expected mean, sum, max or min")
     key = MetricName(collector.prefix + name, reduce, "median" if smooth else "latest")
@@ -251,15 +252,6 @@ def _weighed(value: Scalar, weight: Scalar) -> Scalar:
     if isinstance(weight, Tensor):
         return torch.where(weight == 0, 0.0, value * weight)
     return value * weight if weight else 0.0
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, int | float):
-        return value
-    try:
-        return float(value)  # NumPy's numbers
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"put_scalar({name!r}): got {type(value).__name__}, expected a number") from error
 
 
 def _collector(caller: str, name: str) -> Collector | None:

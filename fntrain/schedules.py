@@ -1,7 +1,7 @@
 """Schedules: pure functions `step -> value`, as frozen values that compare, print and pickle.
 
-There is nothing to save, so nothing to get wrong on resume: the value at step 812 is a function of 812. `step` is the
-number of updates made before (0 for the first). Multiply with `*`, put one after another with `join`.
+The value at step 812 is a function of 812 alone, so a schedule has nothing to save and a resumed run can't get it
+wrong. `step` is the number of updates made before (0 for the first). Multiply with `*`, join in time with `join`.
 Each closed form is that of the torch.optim.lr_scheduler of the same kind, which computes most of them by recursion.
 """
 
@@ -229,9 +229,8 @@ def table(schedule: Callable[[int], float], steps: Iterable[int] | int, *, width
 
 
 def _make(fn: Callable[..., float], **args: Any) -> Schedule:
-    for name, value in args.items():
-        if name in ("total_steps", "period", "every", "warmup_steps", "factor"):
-            whole(name, value, 1)
+    for name in args.keys() & {"total_steps", "every", "warmup_steps"}:
+        whole(name, args[name], 1)
     return Schedule(fn, tuple(args.items()))
 
 

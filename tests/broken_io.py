@@ -17,6 +17,7 @@ from fntrain import data
 from fntrain.core import tree
 from fntrain.core.state import TrainState
 from fntrain.data import order as permutation
+from fntrain.data.order import Order
 from fntrain.shell.checkpoints import save_load as checkpoint
 from fntrain.shell.checkpoints import tensor_file
 from fntrain.shell.checkpoints.directory import commit, name_of
@@ -29,7 +30,7 @@ class EpochTailLost(data.Stream):
     def samples(self, position: int) -> list[tuple[int, int]]:
         epoch, batch = divmod(position, len(self.dataset) // self.batch_size or 1)
         start = batch * self.batch_size
-        return [(epoch, i) for i in self._order(epoch, start, start + self.batch_size)]
+        return [(epoch, i) for i in self._order._of(epoch, start, start + self.batch_size)]
 
 
 class WithReplacement(data.Stream):
@@ -45,8 +46,14 @@ class WithReplacement(data.Stream):
 class GlobalOrder(data.Stream):
     """Order from the default generator: another run, or another start, gives other batches."""
 
-    def _order(self, epoch: int, start: int, end: int) -> list[int]:
-        return torch.randperm(len(self.dataset))[start:end].tolist()
+    @property
+    def _order(self) -> Order:
+        return _GlobalOrder(**attrs.asdict(super()._order))
+
+
+class _GlobalOrder(Order):
+    def _of(self, epoch: int, start: int, end: int) -> list[int]:
+        return torch.randperm(self.size)[start:end].tolist()
 
 
 class PaddedShares(data.Stream):
@@ -70,7 +77,7 @@ class Unseeded(data.Stream):
     """Leaves per-sample randomness to the generators as they are: it depends on workers and on history."""
 
     def at(self, position: int) -> Iterator[Any]:
-        shares: Any = data._Shares(self, position)
+        shares: Any = data.loader._Shares(self, position)
         return iter(DataLoader(_Indices(self.dataset), batch_sampler=shares, num_workers=self.num_workers))
 
 

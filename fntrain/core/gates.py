@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import attrs
 
-from fntrain.core.check import whole
+from fntrain.core.check import function, whole
 from fntrain.core.hook import AnyHook, Hook, Predicate, compose, flatten
 
 
@@ -69,8 +69,7 @@ def when(predicate: Predicate, hook: AnyHook) -> AnyHook:
       >>> when(lambda state: state.metrics["loss"] < 1, ft.hook(after_step=print))
       when(<lambda>, hook(after_step=print))
     """
-    if not callable(predicate):
-        raise TypeError(f"predicate: got {type(predicate).__name__}, expected a function of the state")
+    function("predicate", predicate, "a function of the state")
     return _gate(hook, lambda one: attrs.evolve(_alone(one, "when"), predicates=(*one.predicates, predicate)))
 
 

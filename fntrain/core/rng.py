@@ -52,11 +52,30 @@ def seed_generators(seed: int, *data: int, others: bool = True) -> None:
     value = fold_in(seed, *data)
     for generator in _torch_generators():
         generator.manual_seed(value)
-    if not others:
-        return
-    random.seed(value)
+    if others:
+        _seed_others(value)
+
+
+def seed_all(seed: int) -> None:
+    """Seed the default generators with the seed itself, as scripts do for the first weights of a model.
+
+    Those of GPUs that are not initialised yet are seeded when they are; `seed_generators`, which runs at every step,
+    leaves them out.
+
+    Example:
+      >>> seed_all(0)
+      >>> torch.rand(1)
+      tensor([0.4963])
+    """
+    torch.manual_seed(seed)
+    _seed_others(seed)
+
+
+def _seed_others(seed: int) -> None:
+    """Seed Python's default generator, and NumPy's if it is loaded."""
+    random.seed(seed)
     if numpy := sys.modules.get("numpy"):
-        numpy.random.seed(value & 0xFFFFFFFF)
+        numpy.random.seed(seed & 0xFFFFFFFF)
 
 
 def other_states() -> tuple[Any, ...]:

@@ -159,10 +159,21 @@ _SLOTS = [
 ]
 
 
+def check_state(name: str, value: Any) -> None:
+    """Raise TypeError unless a value is a TrainState.
+
+    Example:
+      >>> check_state("state", {})
+      Traceback (most recent call last):
+      TypeError: state: got dict, expected a TrainState (ft.init_state makes one)
+    """
+    if not isinstance(value, TrainState):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a TrainState (ft.init_state makes one)")
+
+
 def saved_fields(state: TrainState) -> dict[str, Any]:
     """Return the fields that checkpoints hold and equality compares, by name; raises TypeError for what is no state."""
-    if not isinstance(state, TrainState):
-        raise TypeError(f"state: got {type(state).__name__}, expected a TrainState (ft.init_state makes one)")
+    check_state("state", state)
     return {name: getattr(state, name) for name in SAVED}
 
 

@@ -4,6 +4,7 @@ May import: `fntrain.core`. `order` is pure; `loader` starts torch's DataLoader 
 Read first: `order`.
 """
 
-from fntrain.data.loader import OwnShare, Stream, own_share, steps_per_epoch, stream
+from fntrain.data.loader import OwnShare, Stream, own_share, stream
+from fntrain.data.order import steps_per_epoch
 
 __all__ = ["OwnShare", "Stream", "own_share", "steps_per_epoch", "stream"]

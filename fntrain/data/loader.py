@@ -1,11 +1,15 @@
-"""Data order as a function: batch number s is a function of (seed, s), so any run can start at any batch for nothing.
+"""The loading of batches in the order that `order` says, by torch's DataLoader and its workers.
 
-Each epoch is a keyed permutation of the data set. The global batch is cut into the ranks' shares after shuffling, and
-the randomness of a sample comes from (seed, epoch, index), so worker count, world size and prefetching never change
-what a batch holds. The loading itself is torch's DataLoader.
+The randomness of a sample comes from (seed, epoch, index), so worker count, world size and prefetching never change
+what a batch holds.
 """
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
 
 import attrs
@@ -13,13 +17,12 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from fntrain.core.check import whole
-from fntrain.core.rng import fold_in, preserved_generators, seed_generators
-from fntrain.data.order import permutation
-from fntrain.data.worker import heed_parent_only
+from fntrain.core.rng import preserved_generators, seed_generators
+from fntrain.data.order import Order, Sample
 
-Sample = tuple[int, int]  # (epoch, index in the data set)
 # Keep the draws of reading apart from each other and from those of the training step of the same number.
-_USE_SAMPLE, _USE_COLLATE, _USE_ORDER = 0x73616D70, 0x636F6C6C, 0x6F726472
+_USE_SAMPLE, _USE_COLLATE = 0x73616D70, 0x636F6C6C
+_LOW = {"batch_size": 1, "num_workers": 0, "prefetch_factor": 1, "rank": 0, "world_size": 1}
 
 
 @attrs.frozen
@@ -66,13 +69,7 @@ class Stream:
                 f"dataset: got {type(self.dataset).__name__}, expected a map-style one with __len__ and __getitem__; "
                 "an iterable goes to fit(data=...) directly, as an iterator"
             )
-        for name, low in (
-            ("batch_size", 1),
-            ("num_workers", 0),
-            ("prefetch_factor", 1),
-            ("rank", 0),
-            ("world_size", 1),
-        ):
+        for name, low in _LOW.items():
             whole(name, getattr(self, name), low)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed: got {self.seed!r}, expected a whole number")
@@ -86,21 +83,32 @@ class Stream:
             raise ValueError(
                 f"drop_last: the data set has {len(self.dataset)} samples, less than one batch of {self.batch_size}"
             )
-        last = len(self.dataset) % self.batch_size or self.batch_size
-        smallest = last if self.ragged_last else self.batch_size
-        if smallest < self.world_size:
-            raise ValueError(f"batch_size: a batch of {smallest} can't be shared by world_size={self.world_size}")
+        if self._order.smallest < self.world_size:
+            raise ValueError(
+                f"batch_size: a batch of {self._order.smallest} can't be shared by world_size={self.world_size}"
+            )
+
+    @property
+    def _order(self) -> Order:
+        return Order(
+            size=len(self.dataset),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            shuffle=self.shuffle,
+            drop_last=self.drop_last,
+            ragged_last=self.ragged_last,
+        )
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches that it takes to see every sample of an epoch once (all that are not dropped)."""
-        return steps_per_epoch(len(self.dataset), self.batch_size, drop_last=self.drop_last)
+        return self._order.steps_per_epoch
 
     @property
     def order(self) -> dict[str, Any]:
         """What decides which samples a batch has; the same on all ranks of a run, or it would not be one batch."""
-        names = ("batch_size", "seed", "shuffle", "drop_last", "ragged_last")
-        return {"samples": len(self.dataset), **{name: getattr(self, name) for name in names}}
+        settings = attrs.asdict(self._order)
+        return {"samples": settings.pop("size"), **settings}
 
     def samples(self, position: int) -> list[Sample]:
         """Return the (epoch, index) pairs of global batch number `position`, over all ranks.
@@ -112,7 +120,7 @@ class Stream:
           >>> sorted(index for position in range(5) for epoch, index in s.samples(position) if epoch == 0)
           [0, 1, 2, 3, 4]
         """
-        return self._samples(self._spans(position))
+        return self._order.samples(position)
 
     def share(self, position: int) -> list[Sample]:
         """Return this rank's part of a batch; sizes differ by at most one between ranks.
@@ -122,14 +130,7 @@ class Stream:
           >>> [len(part) for part in parts], sum(parts, []) == stream(range(9), 5, seed=0).samples(0)
           ([3, 2], True)
         """
-        spans = self._spans(position)
-        size = sum(b - a for _, a, b in spans)
-        start, end = (-(-size * rank // self.world_size) for rank in (self.rank, self.rank + 1))
-        mine, at = [], 0
-        for epoch, a, b in spans:  # not of the samples: there may be many more ranks than this one
-            mine.append((epoch, max(a, a + start - at), min(b, a + end - at)))
-            at += b - a
-        return self._samples(mine)
+        return self._order.share(position, self.rank, self.world_size)
 
     def at(self, position: int) -> Iterator[Any]:
         """Iterate over batches from number `position` on, without end.
@@ -142,21 +143,16 @@ class Stream:
           >>> _ = next(a); bool((next(a) == next(b)).all())
           True
         """
-        workers: dict[str, Any] = {}
-        if self.num_workers > 0:
-            workers = {
-                "num_workers": self.num_workers,
-                "prefetch_factor": self.prefetch_factor,
-                "worker_init_fn": heed_parent_only,
-            }
         seeded: Any = _Seeded(self.dataset, self.collate_fn or default_collate, self.seed)
         loader: DataLoader[Any] = DataLoader(
             seeded,
             batch_sampler=_Shares(self, position),
-            collate_fn=_as_it_is,
+            collate_fn=_identity,  # samples are collated where they are read
+            num_workers=self.num_workers,
+            prefetch_factor=self.prefetch_factor if self.num_workers else None,  # torch refuses it without workers
+            worker_init_fn=_ignore_sigterm_of_others,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # the loader draws a seed when iterated: not from the default generator
-            **workers,
         )
         return _Batches(iter(loader))
 
@@ -174,26 +170,6 @@ class Stream:
                 f"stream: is of rank {self.rank} of {self.world_size}, expected {rank} of {world_size}; leave both out"
             )
         return attrs.evolve(self, rank=rank, world_size=world_size)
-
-    def _spans(self, position: int) -> list[tuple[int, int, int]]:
-        """Epoch, first and end of the places in its order, of what a batch has."""
-        whole("position", position, 0)
-        size = len(self.dataset)
-        if self.drop_last or self.ragged_last:
-            epoch, batch = divmod(position, self.steps_per_epoch)
-            start = batch * self.batch_size
-            return [(epoch, start, min(start + self.batch_size, size))]
-        start, end = position * self.batch_size, (position + 1) * self.batch_size
-        epochs = range(start // size, (end - 1) // size + 1)
-        return [(e, max(start - e * size, 0), min(end - e * size, size)) for e in epochs]
-
-    def _samples(self, spans: list[tuple[int, int, int]]) -> list[Sample]:
-        return [(epoch, index) for epoch, a, b in spans if a < b for index in self._order(epoch, a, b)]
-
-    def _order(self, epoch: int, start: int, end: int) -> list[int]:
-        if not self.shuffle:
-            return list(range(start, end))
-        return permutation(len(self.dataset), fold_in(self.seed, _USE_ORDER, epoch), start, end)
 
 
 stream = Stream
@@ -214,6 +190,16 @@ class OwnShare:
         return iter(self.data)
 
 
+@attrs.frozen
+class PositionedShare(OwnShare):
+    """The same of data that can start at any batch, which must not look like data that can't."""
+
+    def at(self, position: int) -> Iterator[Any]:
+        """Iterate over this rank's batches from number `position` on."""
+        batches: Iterator[Any] = self.data.at(position)
+        return batches
+
+
 def own_share(data: Any) -> OwnShare:
     """Say that what each rank reads is its own part already, such as a DataLoader with a DistributedSampler.
 
@@ -221,17 +207,7 @@ def own_share(data: Any) -> OwnShare:
       >>> own_share([1, 2]).shard(1, 2)
       [1, 2]
     """
-    return OwnShare(data)
-
-
-def steps_per_epoch(num_samples: int, batch_size: int, *, drop_last: bool = False) -> int:
-    """Count the batches of an epoch; a last one that is not full counts, unless dropped.
-
-    Example:
-      >>> steps_per_epoch(10, 4), steps_per_epoch(10, 4, drop_last=True)
-      (3, 2)
-    """
-    return num_samples // batch_size if drop_last else -(-num_samples // batch_size)
+    return PositionedShare(data) if hasattr(data, "at") else OwnShare(data)
 
 
 @attrs.frozen
@@ -242,10 +218,7 @@ class _Shares:
     position: int
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        position = self.position
-        while True:
-            yield self.stream.share(position)
-            position += 1
+        return map(self.stream.share, count(self.position))
 
 
 @attrs.frozen
@@ -273,12 +246,12 @@ class _Seeded:
             raise RuntimeError(f"dataset[{index}]: raised StopIteration, in epoch {epoch}") from error
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 class _Batches:
-    """The loader's iterator; closing it ends the workers at once, read from or not, and so does an error."""
+    """The loader's iterator. Closing it ends the workers at once, even if nothing was read; so does an error."""
 
     def __init__(self, iterator: Iterator[Any]) -> None:
         self.iterator = iterator
@@ -297,3 +270,20 @@ class _Batches:
         iterator, self.iterator = self.iterator, iter(())
         if hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
+
+
+def _ignore_sigterm_of_others(_worker: int) -> None:
+    """In a worker: let SIGTERM end it only if its parent sent it.
+
+    Schedulers send SIGTERM to all processes of a job, and a run that then finishes its step and saves needs batches.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None and hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_on_sigterm_of, args=(parent.pid,), daemon=True).start()
+
+
+def _exit_on_sigterm_of(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)  # as torch's own handler in a worker does

@@ -1,4 +1,10 @@
-"""The standard hooks; a hook of your own is `ft.hook(after_step=...)` or `ft.stateful(...)`."""
+"""The standard hooks, one file for each or for a close family: what happens around the steps of a run.
+
+A hook of your own is `ft.hook(after_step=...)` or `ft.stateful(...)`.
+
+May import: all but `fntrain.jobs`. What a hook holds open lives in the context manager that its record opens.
+Read first: `stopping` (callbacks with memory), then `timer` (a hook that holds a resource).
+"""
 
 from fntrain.hooks.checkpoint import best_checkpoint, checkpoint, keep_best
 from fntrain.hooks.ema import averaged, ema

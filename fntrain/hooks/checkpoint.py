@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import attrs
 
 from fntrain.core import gates
-from fntrain.core.check import whole
+from fntrain.core.check import one_of, whole
 from fntrain.core.errors import CheckpointError
 from fntrain.core.hook import AnyHook, Hook, Needs, hook, resource
 from fntrain.core.metrics import metric_over_ranks
@@ -59,8 +59,7 @@ def keep_best(metric: str, *, mode: Mode, n: int = 1) -> KeepBest:
       >>> keep_best("eval/accuracy", mode="max")
       KeepBest(metric='eval/accuracy', mode='max', n=1)
     """
-    if mode not in ("max", "min"):
-        raise ValueError(f'mode: got {mode!r}, expected "max" or "min"')
+    one_of("mode", mode, ("max", "min"))
     return KeepBest(metric, mode, whole("n", n, 1))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fntrain.core import gates, tree
+from fntrain.core.check import number
 from fntrain.core.hook import AnyHook, stateful
 from fntrain.core.state import TrainState, remember
 from fntrain.core.tree import PyTree
@@ -44,8 +45,7 @@ def ema(decay: float = 0.999, *, every: int = 1, warmup: bool = True, name: str 
 
     Source: Polyak and Juditsky 1992; the warm-up is that of tf.train.ExponentialMovingAverage
     """
-    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
-        raise ValueError(f"decay: got {decay!r}, expected a number in [0, 1)")
+    number("decay", decay, lambda decay: 0 <= decay < 1, "in [0, 1)")
     return gates.every(every, stateful(name, _Start(), after_step=Ema(name, decay, warmup), stops=False))
 
 
@@ -107,9 +107,9 @@ class _Start:
 
 
 def _moved(state: TrainState, memory: Mapping[str, Any], weight: float) -> dict[str, Any]:
-    """The averages, moved by `weight` towards the state's; copies of what can't be averaged. All in new memory."""
+    """Move the averages by `weight` towards the state's tensors, in new memory; what has no average is copied."""
     current = {"params": state.params, "buffers": state.buffers}
-    kinds = tree.tensors(current)  # of several ranks each averages its part
+    kinds = tree.tensors(current)  # each rank averages the part that it holds
     pairs = [
         (tree.local(new), old if old is None else tree.local(tree.split_like(new, old)))
         for new, old in _paired(current, memory)
@@ -126,7 +126,7 @@ def _moved(state: TrainState, memory: Mapping[str, Any], weight: float) -> dict[
 
 
 def _paired(current: PyTree, memory: PyTree) -> list[tuple[Tensor, Tensor | None]]:
-    """Every tensor of a tree, and the one of that name in memory, which may come in another order or lack it."""
+    """Pair every tensor of a tree with that of the same name in memory, which may have another order or lack it."""
     pairs: list[tuple[Tensor, Tensor | None]] = []
     for name, value in current.items():
         kept = memory.get(name)

@@ -4,9 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
+from toolz import merge_with, valmap
 from torch import Tensor
 
 from fntrain.core import gates
+from fntrain.core.check import function, real
 from fntrain.core.hook import AnyHook, Needs, hook
 from fntrain.core.metrics import combined
 from fntrain.core.ranks import Ranks
@@ -30,29 +32,23 @@ class Evaluate:
             raise TypeError(f"evaluate: the function returned {type(results).__name__}, expected a dict of numbers")
         numbers = {name: _number(name, value) for name, value in flattened(results).items()}
         if state.run.ranks.world_size > 1:
-            numbers = _alike(state.run.ranks, numbers)
-        metrics = dict(state.metrics)
-        for name, number in numbers.items():
-            metrics[MetricName(f"{self.prefix}{name}", reduce="same", smooth="each")] = number
-        return state.replace(metrics=metrics)
+            numbers = _means(state.run.ranks, numbers)
+        shown = {
+            MetricName(f"{self.prefix}{name}", reduce="same", smooth="each"): number for name, number in numbers.items()
+        }
+        return state.replace(metrics={**state.metrics, **shown})
 
 
-def _alike(ranks: Ranks, numbers: Mapping[str, Scalar]) -> dict[str, Scalar]:
+def _means(ranks: Ranks, numbers: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """The means over the ranks that have them; the results of `ft.evaluation` are the same on all."""
-    everyone = ranks.gather({name: float(number) for name, number in numbers.items()})
-    names = dict.fromkeys(name for theirs in everyone for name in theirs)
-    return {name: combined(name, [(theirs[name], 1.0) for theirs in everyone if name in theirs]) for name in names}
+    values = merge_with(list, *ranks.gather(valmap(float, numbers)))
+    return {name: combined(name, [(value, 1.0) for value in several]) for name, several in values.items()}
 
 
 def _number(name: str, value: Any) -> Tensor | float:
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"evaluate: {name!r} has shape {tuple(value.shape)}, expected a number")
-    if isinstance(value, Tensor | int | float):
-        return value
-    try:
-        return float(value)  # NumPy's numbers
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"evaluate: {name!r} is {type(value).__name__}, expected a number") from error
+    return value if isinstance(value, Tensor) else real(f"evaluate: {name!r} is", value, ValueError)
 
 
 def evaluate(
@@ -90,8 +86,7 @@ def evaluate(
 
     Source: detectron2's EvalHook
     """
-    if not callable(fn):
-        raise TypeError(f"fn: got {type(fn).__name__}, expected a function of the state, such as ft.evaluation(...)")
+    function("fn", fn, "a function of the state, such as ft.evaluation(...)")
     needs = [] if weights is None else [Needs("memory", f"reads the memory of {weights!r}", of=weights)]
     measuring = Evaluate(fn, prefix, weights)
     reporting = hook(after_step=measuring, name=name, communicates=True, stops=False, makes="metrics", needs=needs)

@@ -1,20 +1,13 @@
 """hooks.memory_stats: how much memory the run takes."""
 
-from pathlib import Path
-
 import torch
 
 from fntrain.core import gates
 from fntrain.core.hook import AnyHook, hook
 from fntrain.core.state import TrainState
 from fntrain.events import MetricName
+from fntrain.writers.process import process_memory
 
-STATUS = Path("/proc/self/status")  # of Linux
-PROCESS = {
-    MetricName("memory/rss", reduce="max", smooth="latest"): "VmRSS:",
-    # Not ru_maxrss: on Linux that begins with the peak of the program that started this one.
-    MetricName("memory/peak_rss", reduce="max", smooth="latest"): "VmHWM:",
-}
 CUDA = {
     MetricName("memory/allocated", reduce="max", smooth="latest"): "allocated_bytes.all.current",
     MetricName("memory/reserved", reduce="max", smooth="latest"): "reserved_bytes.all.current",
@@ -50,7 +43,7 @@ def memory_stats(*, every: int = 20, name: str = "memory_stats") -> AnyHook:
 
 
 def _start(state: TrainState) -> None:
-    """The first peak is to be of this run; and what can't be measured is said before the first step."""
+    """Begin the first peak with this run, and raise before the first step if memory can't be measured here."""
     _measured(state)
 
 
@@ -68,16 +61,6 @@ def _measured(state: TrainState) -> dict[MetricName, int]:
 
 
 def _of_process() -> dict[MetricName, int]:
-    if STATUS.exists():
-        words = STATUS.read_text(encoding="utf-8", errors="replace").split()
-        return {name: int(words[words.index(key) + 1]) * 1024 for name, key in PROCESS.items() if key in words}
-    try:
-        import resource
-    except ImportError as error:
-        raise RuntimeError("memory_stats: this platform tells no memory of a process; leave it out on CPU") from error
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        MetricName("memory/peak_rss", reduce="max", smooth="latest"): peak if sys.platform == "darwin" else peak * 1024
-    }
+    if not (told := process_memory()):
+        raise RuntimeError("memory_stats: this platform tells no memory of a process; leave it out on CPU")
+    return {MetricName(f"memory/{name}", reduce="max", smooth="latest"): size for name, size in told.items()}

@@ -1,32 +1,29 @@
 """hooks.write_metrics: hand what the steps report to writers, smoothed, every n steps."""
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from operator import itemgetter
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import attrs
-import torch
+from toolz import groupby, keyfilter, valfilter
 from torch import Tensor
 
-from fntrain.core.check import whole
+from fntrain.core.check import one_of, whole
 from fntrain.core.hook import AnyHook, Hook, Needs, hook, resource
 from fntrain.core.metrics import WEIGHT, combined
 from fntrain.core.ranks import Ranks
 from fntrain.core.state import TrainState
-from fntrain.steps.grads import stalls
+from fntrain.events import Smooth
+from fntrain.hooks.series import Series, Smoothing, to_histories, to_host
 from fntrain.writers import Row, Writer, WriteRow
 from fntrain.writers.history import History
-
-Smoothing = Literal["median", "mean", "latest", "global_mean"]
-WINDOWED = ("median", "mean")
 
 
 @attrs.frozen
 class WriteMetrics:
-    """The hook's value; called, it gives the live one, which holds the window and opens the writers."""
+    """The parameters of the hook; called, it gives the live one, which holds the values and opens the writers."""
 
     writers: tuple[Writer, ...]
     every: int
@@ -36,8 +33,8 @@ class WriteMetrics:
     @contextmanager
     def __call__(self) -> Iterator[Hook]:
         with ExitStack() as stack:
-            live = _Live(self, stack)
-            yield hook(after_step=live.record, after_train=live.finish)
+            log = MetricsLog(self, Output(self.writers, stack))
+            yield hook(after_step=log.record, after_train=log.finish)
 
 
 def write_metrics(
@@ -82,193 +79,27 @@ def write_metrics(
                 f"writers: got {type(writer).__name__}, expected ft.writers.default(...) or records with `open`"
             )
     for asked in smoothing.values() if isinstance(smoothing, Mapping) else (smoothing,):
-        if asked not in get_args(Smoothing):
-            raise ValueError(f"smoothing: got {asked!r}, expected one of {', '.join(get_args(Smoothing))}")
+        one_of("smoothing", asked, get_args(Smoothing), f"one of {', '.join(get_args(Smoothing))}")
     record = WriteMetrics(several, every, window, smoothing)
     return resource(record, name=name, needs=[Needs("metrics", "would not see them")], communicates=True, stops=False)
 
 
-class _Live:
-    """What the hook holds during one run: values not yet written, and the open writers."""
+class Output:
+    """The writers, open during one run, and up to which step what they were given holds."""
 
-    def __init__(self, settings: WriteMetrics, stack: ExitStack) -> None:
-        self.settings = settings
+    def __init__(self, writers: Sequence[Writer], stack: ExitStack) -> None:
+        self.writers = writers
         self.stack = stack
         self.writes: list[WriteRow] = []
-        self.pending: list[tuple[int, Mapping[str, Any]]] = []  # of steps that reported the usual names
-        self.usual: frozenset[str] = frozenset()
-        self.windows: dict[str, deque[tuple[int, Any]]] = {}
-        self.last: Mapping[str, Any] = {}
-        self.each: dict[tuple[int, str], Any] = {}
-        self.media: dict[int, dict[str, Any]] = {}
-        self.sums: dict[str, list[tuple[int, float]]] = {}  # of all values up to a step, for means over the run
-        self.written = self.newest = self.valid = -1
-        self.opened = False
+        self.valid = -1
 
     def open(self, state: TrainState) -> None:
-        """Open the writers, at the first step: a run that is refused or has nothing to do leaves their files alone."""
-        self.written = self.valid = state.run.start_step
-        self.opened = True
-        for writer in self.settings.writers if state.run.ranks.rank == 0 else ():
+        self.valid = state.run.start_step
+        for writer in self.writers if state.run.ranks.rank == 0 else ():
             self.writes.append(self.stack.enter_context(writer.open(state.run.start_step)))
 
-    def record(self, state: TrainState) -> None:
-        if not self.opened:
-            self.open(state)
-        if state.step <= self.newest:
-            self.forget(state.step - 1)
-        self.newest, self.last = state.step, state.metrics
-        self.pending.append((state.step, state.metrics))
-        if state.step == state.run.max_steps:
-            return  # written by finish, together with what hooks still report at the end
-        if state.step % self.settings.every == 0:
-            self.write(state)
-        elif state.metrics.keys() != self.usual or len(self.pending) > self.settings.window:
-            self.sort()
-            if self.each:
-                self.write_each(state)  # at once: kept until the next period, a kill would lose it
-
-    def forget(self, step: int) -> None:
-        """Drop what was measured after a step: the run was rolled back to it."""
-        self.sort()
-        for values in (*self.windows.values(), *self.sums.values()):
-            while values and values[-1][0] > step:
-                values.pop()
-        self.each = {key: value for key, value in self.each.items() if key[0] <= step}
-        self.media = {at: media for at, media in self.media.items() if at <= step}
-        self.written, self.valid = min(self.written, step), min(self.valid, step)
-
-    def finish(self, state: TrainState) -> None:
-        """Write what is left, with what hooks reported after the last step."""
-        if self.newest >= 0 and state.step > state.run.start_step:
-            rolled_back = state.step < self.newest
-            if rolled_back:
-                self.forget(state.step - 1)
-            last = {} if rolled_back or state.step > self.newest else self.last
-            new = {name: value for name, value in state.metrics.items() if value is not last.get(name)}
-            self.sort()
-            self.pending.append((state.step, new))
-            self.write(state)
-
-    def sort(self) -> None:
-        """Put what steps reported where it belongs: several steps at once, as doing it at each costs them more."""
-        if not self.pending:
-            return
-        *rows, last = self.pending
-        self.pending = []
-        for same in (rows, [last]):
-            for name in same[0][1] if same else ():
-                self.take(name, [(step, metrics[name]) for step, metrics in same])
-        if not any(getattr(name, "smooth", "") == "each" for name in last[1]):
-            self.usual = frozenset(last[1])
-
-    def take(self, name: str, values: list[tuple[int, Any]]) -> None:
-        smooth = self.smoothing(name)
-        size = {"latest": 1}.get(smooth, self.settings.window if smooth in WINDOWED else None)
-        if smooth != "each" and {type(value) for _, value in values} == {float}:  # times: the most of what there is
-            self.windows.setdefault(name, deque(maxlen=size)).extend(values)
-            return
-        for step, value in values:
-            if isinstance(value, Tensor) and value.numel() != 1:
-                raise ValueError(
-                    f"metrics[{name!r}]: got shape {tuple(value.shape)} at step {step}, expected one number"
-                )
-            if not isinstance(value, (Tensor, int, float)):
-                self.media.setdefault(step, {})[name] = value
-            elif smooth == "each":
-                self.each[step, name] = value
-            else:
-                self.windows.setdefault(name, deque(maxlen=size)).append((step, value))
-
-    def smoothing(self, name: str) -> str:
-        """How a metric is shown: what the settings say of it, or what it says of itself."""
-        hint: str = getattr(name, "smooth", "median")
-        asked = self.settings.smoothing
-        if isinstance(asked, Mapping):
-            fitting = (kind for pattern, kind in asked.items() if fnmatchcase(name, pattern))
-            return hint if hint == "each" else next(fitting, hint)
-        return asked if hint == "median" else hint
-
-    def write(self, state: TrainState) -> None:
-        """One row per step that has results of its own, and one for the period."""
-        self.sort()
-        self.combine(state.run.ranks)
-        for name, values in self.windows.items():
-            windowed = self.smoothing(name) in WINDOWED
-            while values and values[0][0] <= (state.step - self.settings.window if windowed else self.written):
-                values.popleft()
-        recent = {name: values for name, values in self.windows.items() if values and values[-1][0] > self.written}
-        columns = {name: tuple(zip(*values, strict=True)) for name, values in recent.items()}  # steps, values
-        numbers = to_host([*self.each.values(), *(value for _, values in columns.values() for value in values)])
-        rows: dict[int, dict[str, float]] = {step: {} for step in self.media}
-        for (step, name), number in zip(self.each, numbers, strict=False):
-            rows.setdefault(step, {})[name] = number
-        histories, start = {}, len(self.each)
-        for name, (steps, _) in columns.items():
-            histories[name] = History(steps, tuple(numbers[start : start + len(steps)]))
-            start += len(steps)
-        smoothed = {name: self.smoothed(name, history) for name, history in histories.items()}
-        if smoothed:
-            rows[state.step] = smoothed | rows.get(state.step, {})
-        for step in sorted(rows):
-            periodic = step == state.step
-            self.emit(state, step, rows[step], self.media.get(step, {}), histories if periodic else {})
-        self.each, self.media, self.written = {}, {}, state.step
-
-    def combine(self, ranks: Ranks) -> None:
-        """Put in place of what this rank measured since the last write what all ranks did; the others forget it."""
-        if ranks.world_size == 1:
-            return
-        fresh = [
-            (name, step, value)
-            for name, values in self.windows.items()
-            for step, value in values
-            if step > self.written
-        ]
-        numbers = to_host([value for *_, value in fresh])
-        mine = [(name, step, number) for (name, step, _), number in zip(fresh, numbers, strict=True)]
-        everyone = ranks.gather(mine, only_first=True)
-        weights = [{step: number for name, step, number in theirs if name == WEIGHT} for theirs in everyone]
-        parts: dict[tuple[str, int], list[tuple[float, float]]] = {}
-        for theirs, weight in zip(everyone, weights, strict=True):
-            for name, step, number in theirs:
-                parts.setdefault((name, step), []).append((number, weight.get(step, 1.0)))
-        for values in self.windows.values():
-            while values and values[-1][0] > self.written:
-                values.pop()
-        for name, step in sorted(parts, key=itemgetter(1)):
-            self.take(name, [(step, combined(name, parts[name, step]))])
-        self.windows.pop(WEIGHT, None)
-
-    def write_each(self, state: TrainState) -> None:
-        """The results of this step alone, between two periods."""
-        scalars = dict(zip((name for _, name in self.each), to_host(list(self.each.values())), strict=True))
-        self.emit(state, state.step, scalars, self.media.pop(state.step, {}), {})
-        self.each = {}
-
-    def smoothed(self, name: str, history: History) -> float:
-        """The one number that stands for the values of a period or window."""
-        match self.smoothing(name):
-            case "median":
-                return history.median()
-            case "mean":
-                return history.average()
-            case "sum":
-                return sum(history.numbers)
-            case "global_mean":
-                sums = self.sums.setdefault(name, [])
-                for step, number in history.values():
-                    sums.append((step, number + (sums[-1][1] if sums else 0.0)))
-                return sums[-1][1] / len(sums)
-        return history.latest()
-
-    def emit(
-        self,
-        state: TrainState,
-        step: int,
-        scalars: Mapping[str, float],
-        media: Mapping[str, Any],
-        histories: Mapping[str, History],
+    def write(
+        self, state: TrainState, step: int, scalars: Mapping[str, float], media: Any, histories: Mapping[str, History]
     ) -> None:
         row = Row(
             step=step,
@@ -284,19 +115,148 @@ class _Live:
         self.valid = max(self.valid, step)
 
 
-def to_host(values: list[Any]) -> list[float]:
-    """Numbers of the values, in order; of those on a device by one stacked transfer for each dtype."""
-    from toolz import groupby  # 4 ms to import: only where it is used
+class MetricsLog:
+    """What the hook holds during one run: what the steps reported and is not written yet."""
 
-    numbers, waiting = [], []
-    for index, value in enumerate(values):
-        waits = isinstance(value, Tensor) and stalls(value)
-        numbers.append(0.0 if waits else float(value.item() if isinstance(value, Tensor) else value))
-        if waits:
-            waiting.append(index)
-    groups = groupby(lambda index: (values[index].device, values[index].dtype), waiting)
-    for indices in groups.values():
-        stacked = torch.stack([values[index].detach().reshape(()) for index in indices]).tolist()
-        for index, number in zip(indices, stacked, strict=True):
-            numbers[index] = float(number)
-    return numbers
+    def __init__(self, settings: WriteMetrics, output: Output) -> None:
+        self.settings = settings
+        self.output = output
+        self.pending: list[tuple[int, Mapping[str, Any]]] = []  # reports of steps, not sorted into series yet
+        self.usual: frozenset[str] = frozenset()  # the names that most steps report
+        self.last: Mapping[str, Any] = {}
+        self.series: dict[str, Series] = {}
+        self.media: dict[int, dict[str, Any]] = {}
+        self.newest = self.written = -1  # the last step that reported, and the last that was written
+
+    def record(self, state: TrainState) -> None:
+        if self.written < 0:  # a run that is refused, or has nothing to do, must leave the writers' files alone
+            self.written = state.run.start_step
+            self.output.open(state)
+        if state.step <= self.newest:
+            self.forget(state.step - 1)
+        self.newest, self.last = state.step, state.metrics
+        self.pending.append((state.step, state.metrics))
+        if state.step == state.run.max_steps:
+            return  # written by finish, together with what hooks still report at the end
+        if state.step % self.settings.every == 0:
+            self.write(state)
+        elif state.metrics.keys() != self.usual or len(self.pending) > self.settings.window:
+            self.sort()
+            if results := self.results():  # written at once: if they waited for the next period, a kill would lose them
+                self.write_results(state, results)
+
+    def forget(self, step: int) -> None:
+        """Drop what was measured after a step: the run was rolled back to it."""
+        self.sort()
+        for one in self.series.values():
+            one.forget(step)
+        self.media = {at: media for at, media in self.media.items() if at <= step}
+        self.written, self.output.valid = min(self.written, step), min(self.output.valid, step)
+
+    def finish(self, state: TrainState) -> None:
+        """Write what is left, with what hooks reported after the last step."""
+        if self.newest < 0 or state.step <= state.run.start_step:
+            return
+        rolled_back = state.step < self.newest
+        if rolled_back:
+            self.forget(state.step - 1)
+        last = {} if rolled_back or state.step > self.newest else self.last
+        new = {name: value for name, value in state.metrics.items() if value is not last.get(name)}
+        self.sort()
+        self.pending.append((state.step, new))
+        self.write(state)
+
+    def sort(self) -> None:
+        """Sort reports into series: of several steps at once, which costs them less than one by one."""
+        if not self.pending:
+            return
+        *rows, last = self.pending
+        self.pending = []
+        for same in (rows, [last]):  # those before the last one have the usual names
+            for name in same[0][1] if same else ():
+                self.take(name, [(step, metrics[name]) for step, metrics in same])
+        if not any(getattr(name, "smooth", "") == "each" for name in last[1]):
+            self.usual = frozenset(last[1])
+
+    def take(self, name: str, values: list[tuple[int, Any]]) -> None:
+        """Add values of one metric to its series, or to the media."""
+        if name not in self.series:
+            self.series[name] = Series(self.shown(name), self.settings.window)
+        kept = self.series[name].values
+        if {type(value) for _, value in values} == {float}:  # times: most values are of this kind
+            kept.extend(values)
+            return
+        for step, value in values:
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(
+                    f"metrics[{name!r}]: got shape {tuple(value.shape)} at step {step}, expected one number"
+                )
+            if isinstance(value, (Tensor, int, float)):
+                kept.append((step, value))
+            else:
+                self.media.setdefault(step, {})[name] = value
+
+    def shown(self, name: str) -> Smoothing | Smooth:
+        """How a metric is shown: what the settings say of it, or what it says of itself."""
+        hint: Smooth = getattr(name, "smooth", "median")
+        asked = self.settings.smoothing
+        if isinstance(asked, Mapping):
+            fitting = (kind for pattern, kind in asked.items() if fnmatchcase(name, pattern))
+            return hint if hint == "each" else next(fitting, hint)
+        return asked if hint == "median" else hint
+
+    def results(self) -> dict[str, Series]:
+        """The series of which every value is shown at its own step."""
+        return {name: one for name, one in self.series.items() if one.values and one.shown == "each"}
+
+    def write(self, state: TrainState) -> None:
+        """Write one row for each step that has results of its own, and one for the period."""
+        self.sort()
+        self.combine(state.run.ranks)
+        results = self.results()
+        others = keyfilter(lambda name: name not in results, self.series)
+        for one in others.values():
+            one.trim(self.written, state.step)
+        fresh = valfilter(lambda one: bool(one.since(self.written)), others)
+        histories = to_histories({**results, **fresh})
+        rows: dict[int, dict[str, float]] = {step: {} for step in self.media}
+        for name in results:
+            for step, number in histories.pop(name).values():
+                rows.setdefault(step, {})[name] = number
+        if histories:
+            smoothed = {name: self.series[name].number(history) for name, history in histories.items()}
+            rows[state.step] = smoothed | rows.get(state.step, {})
+        for step in sorted(rows):
+            periodic = step == state.step
+            self.output.write(state, step, rows[step], self.media.get(step, {}), histories if periodic else {})
+        self.close(results)
+        self.media, self.written = {}, state.step
+
+    def write_results(self, state: TrainState, results: dict[str, Series]) -> None:
+        """Write the results of this step alone, between two periods."""
+        scalars = {name: history.latest() for name, history in to_histories(results).items()}
+        self.output.write(state, state.step, scalars, self.media.pop(state.step, {}), {})
+        self.close(results)
+
+    def close(self, results: dict[str, Series]) -> None:
+        for one in results.values():
+            one.values.clear()
+
+    def combine(self, ranks: Ranks) -> None:
+        """Replace what this rank measured since the last write by what all ranks did; other ranks than 0 forget it."""
+        if ranks.world_size == 1:
+            return
+        measured = valfilter(lambda one: one.shown != "each", self.series)
+        fresh = [(name, *pair) for name, one in measured.items() for pair in one.since(self.written)]
+        numbers = to_host([value for *_, value in fresh])
+        mine = [(name, step, number) for (name, step, _), number in zip(fresh, numbers, strict=True)]
+        parts = []
+        for theirs in ranks.gather(mine, only_first=True):
+            weights = {step: number for name, step, number in theirs if name == WEIGHT}
+            parts += [(name, step, number, weights.get(step, 1.0)) for name, step, number in theirs]
+        for one in measured.values():
+            one.forget_values(self.written)
+        groups = groupby(itemgetter(0, 1), parts)
+        for name, step in sorted(groups, key=itemgetter(1)):
+            self.take(name, [(step, combined(name, [part[2:] for part in groups[name, step]]))])
+        self.series.pop(WEIGHT, None)

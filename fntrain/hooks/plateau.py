@@ -6,7 +6,7 @@ from typing import Literal
 
 import attrs
 
-from fntrain.core.check import whole
+from fntrain.core.check import number, one_of, whole
 from fntrain.core.hook import AnyHook, stateful
 from fntrain.core.metrics import metric_over_ranks
 from fntrain.core.state import TrainState, remember
@@ -17,8 +17,8 @@ _log = logging.getLogger("fntrain")
 
 
 @attrs.frozen
-class _AtEnd:
-    """Says so if there was nothing to look at: a misspelt metric would otherwise never be noticed."""
+class _WarnUnseen:
+    """The callback at the end: warns if no step reported the metric, whose name may be misspelt."""
 
     rule: "ReduceLROnPlateau"
 
@@ -103,15 +103,10 @@ def reduce_lr_on_plateau(
 
     Source: torch.optim.lr_scheduler.ReduceLROnPlateau, for which a value below 0 is better than itself
     """
-    if mode not in ("max", "min"):
-        raise ValueError(f'mode: got {mode!r}, expected "max" or "min"')
-    for argument, number, low, high in (
-        ("factor", factor, 0.0, 1.0),
-        ("threshold", threshold, 0.0, math.inf),
-        ("min_scale", min_scale, 0.0, 1.0),
-    ):
-        if not low <= number <= high or (argument == "factor" and number in (0, 1)):
-            raise ValueError(f"{argument}: got {number!r}, expected a number between {low:g} and {high:g}")
+    one_of("mode", mode, ("max", "min"))
+    number("factor", factor, lambda factor: 0 < factor < 1, "between 0 and 1")
+    number("threshold", threshold, lambda part: 0 <= part <= math.inf, "between 0 and inf")
+    number("min_scale", min_scale, lambda scale: 0 <= scale <= 1, "between 0 and 1")
     record = ReduceLROnPlateau(
         metric, mode, factor, whole("patience", patience, 0), threshold, whole("cooldown", cooldown, 0), min_scale, name
     )
@@ -120,7 +115,7 @@ def reduce_lr_on_plateau(
         name,
         {"best": worst, "bad": 0, "resting": 0, "step": -1},
         after_step=record,
-        after_train=_AtEnd(record),
+        after_train=_WarnUnseen(record),
         communicates=True,
         stops=False,
     )

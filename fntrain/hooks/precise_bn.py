@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import reduce
+from functools import partial, reduce
 from itertools import islice
 from typing import Any
 
 import attrs
 import torch
+from toolz import merge_with
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
@@ -18,10 +19,11 @@ from fntrain.core.check import whole
 from fntrain.core.hook import AnyHook, hook
 from fntrain.core.rng import preserved_generators, seed_generators
 from fntrain.core.state import TrainState
-from fntrain.evaluation import NOBODYS, alongside
-from fntrain.steps.batch import Batch, map_batch
+from fntrain.evaluation import UNCOUNTED, alongside
+from fntrain.steps.batch import Batch, move_batch
 from fntrain.steps.module import bound
 
+Moments = tuple[int, Tensor, Tensor]  # count, mean and sum of squared differences from it, by channel
 _USE = 0x707265_626E  # keeps the draws of these forwards apart from those of the step
 
 
@@ -35,49 +37,49 @@ class PreciseBN:
     forward: Callable[[nn.Module, Batch], Any]
 
     def __call__(self, state: TrainState) -> TrainState | None:
+        layers = self._layers(state)
+        if not layers:
+            return None  # all frozen
+        ranks = state.run.ranks
+        given, found = self._measured(state, layers.values())
+        measured = {name: found[module] for name, module in layers.items() if module in found}
+        if ranks.world_size > 1:
+            mine = {name: tree.map_tensors(Tensor.cpu, parts) for name, parts in measured.items()}
+            measured = merge_with(partial(reduce, _merged), *ranks.gather(mine))
+            given = ranks.max(given)
+        if not given:
+            raise ValueError("precise_bn: the data gave no batch")
+        buffers = dict(state.buffers)
+        for name, (count, mean, squares) in measured.items():  # a layer that these forwards did not reach is not in it
+            variance = name.removesuffix("mean") + "var"
+            buffers[name] = mean.to(buffers[name])
+            buffers[variance] = (squares / max(count - 1, 1)).to(buffers[variance])
+        return state.replace(buffers=buffers)
+
+    def _layers(self, state: TrainState) -> dict[str, nn.Module]:
+        """The layers that are in training mode, by the names of their means in the state."""
         layers = {
             f"{name}.running_mean" if name else "running_mean": module
             for name, module in self.model.named_modules()
             if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
         }
-        layers = {name: module for name, module in layers.items() if name in state.buffers}
-        if not layers:
-            return None  # all frozen
-        device = next(iter(state.params.values())).device
-        given = 0
-        counted: dict[nn.Module, tuple[int, Tensor, Tensor]] = {}
-        with (
-            preserved_generators(),
-            bound(self.model, state),
-            torch.no_grad(),
-            events.collecting(),
-        ):
+        return {name: module for name, module in layers.items() if name in state.buffers}
+
+    def _measured(self, state: TrainState, layers: Iterable[nn.Module]) -> tuple[int, dict[nn.Module, Moments]]:
+        """Number of batches that this rank has read, and what it found in them."""
+        device, ranks = next(iter(state.params.values())).device, state.run.ranks
+        syncs = any(isinstance(one, nn.SyncBatchNorm) and one.training for one in self.model.modules())
+        given, counted = 0, {}
+        with preserved_generators(), bound(self.model, state), torch.no_grad(), events.collecting():
             seed_generators(state.seed, state.step, _USE)
-            ranks = state.run.ranks
-            share = islice(
-                enumerate(self.data), ranks.rank, self.num_batches, ranks.world_size
-            )  # whole ones: shared out
-            syncs = any(isinstance(one, nn.SyncBatchNorm) and one.training for one in self.model.modules())
-            with _measuring(layers.values()) as found:
+            share = islice(enumerate(self.data), ranks.rank, self.num_batches, ranks.world_size)  # a loader draws here
+            with _measuring(layers) as found:
                 for number, batch in alongside(share, self.data, ranks, sharded=syncs):
                     seed_generators(state.seed, state.step, _USE, max(number, 0))
-                    self.forward(self.model, map_batch(lambda tensor: tensor.to(device, non_blocking=True), batch))
-                    if number != NOBODYS:
+                    self.forward(self.model, move_batch(batch, device))
+                    if number != UNCOUNTED:
                         given, counted = given + 1, dict(found)
-        mine = {name: counted[module] for name, module in layers.items() if module in counted}
-        if ranks.world_size > 1:
-            theirs = ranks.gather({name: tree.map_tensors(Tensor.cpu, parts) for name, parts in mine.items()})
-            names = dict.fromkeys(name for parts in theirs for name in parts)
-            mine = {name: reduce(_merged, [parts[name] for parts in theirs if name in parts]) for name in names}
-            given = ranks.max(given)
-        if not given:
-            raise ValueError("precise_bn: the data gave no batch")
-        buffers = dict(state.buffers)
-        for name, (count, mean, squares) in mine.items():  # without those of a branch that these forwards did not take
-            old_mean, old_var = buffers[name], buffers[name.removesuffix("mean") + "var"]
-            buffers[name] = mean.to(old_mean)
-            buffers[name.removesuffix("mean") + "var"] = (squares / max(count - 1, 1)).to(old_var)
-        return state.replace(buffers=buffers)
+        return given, counted
 
 
 def precise_bn(
@@ -141,9 +143,9 @@ def _forward(model: nn.Module, batch: Batch) -> Any:
 
 
 @contextmanager
-def _measuring(layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, tuple[int, Tensor, Tensor]]]:
-    """Count, mean and sum of squared differences of what each layer is given, per channel, in float64."""
-    found: dict[nn.Module, tuple[int, Tensor, Tensor]] = {}
+def _measuring(layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Moments]]:
+    """Measure what each layer is given, in float64."""
+    found: dict[nn.Module, Moments] = {}
 
     def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         values = args[0].detach().double().transpose(0, 1).flatten(1)
@@ -158,7 +160,7 @@ def _measuring(layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, tuple[in
             handle.remove()
 
 
-def _merged(a: tuple[int, Tensor, Tensor], b: tuple[int, Tensor, Tensor]) -> tuple[int, Tensor, Tensor]:
-    """Of two parts the whole: Chan's formula, which does not cancel as sums of squares do."""
+def _merged(a: Moments, b: Moments) -> Moments:
+    """Merge the moments of two parts, by Chan's formula, which does not cancel as sums of squares do."""
     count, delta = a[0] + b[0], b[1] - a[1]
     return count, a[1] + delta * (b[0] / count), a[2] + b[2] + delta.square() * (a[0] * b[0] / count)

@@ -13,7 +13,7 @@ from torch import profiler
 from torch.profiler import ProfilerActivity
 
 from fntrain.core import gates
-from fntrain.core.check import whole
+from fntrain.core.check import function, whole
 from fntrain.core.hook import AnyHook, Hook, Predicate, hook, resource
 from fntrain.core.state import TrainState
 
@@ -36,9 +36,9 @@ class Profile:
         if missing := set(self.activities or ()) - profiler.supported_activities():  # type: ignore[no-untyped-call]
             raise ValueError(f"activities: {sorted(one.name for one in missing)} can't be profiled on this machine")
         Path(self.directory).mkdir(parents=True, exist_ok=True)
-        live = _Live(self)
-        callbacks = hook(before_train=live.decide, after_step=live.decide, after_train=live.finish)
-        yield attrs.evolve(callbacks, wrap_data=live.wrap_data)
+        tracer = Tracer(self)
+        callbacks = hook(before_train=tracer.decide, after_step=tracer.decide, after_train=tracer.finish)
+        yield attrs.evolve(callbacks, wrap_data=tracer.wrap_data)
 
 
 def profile(
@@ -82,8 +82,7 @@ def profile(
 
     Source: detectron2's TorchProfiler
     """
-    if not callable(when):
-        raise TypeError(f"when: got {type(when).__name__}, expected a function such as lambda state: state.step < 20")
+    function("when", when, "a function such as lambda state: state.step < 20")
     several: Any = activities if isinstance(activities, list | tuple) else (activities,)
     if not several:
         raise ValueError("activities: got none, expected members of torch.profiler.ProfilerActivity, or None")
@@ -100,7 +99,7 @@ def profile(
     return gates.on_main(resource(record, name=name))
 
 
-class _Live:
+class Tracer:
     """What the hook holds during one run: the profiler of the stretch under way, if there is one."""
 
     def __init__(self, settings: Profile) -> None:
@@ -111,7 +110,7 @@ class _Live:
         self.span: Any = None
 
     def decide(self, state: TrainState) -> None:
-        """Ask about the coming step as soon as this one is done, as it begins with the reading of its batch."""
+        """Ask about the coming step when this one is done: a step begins when its batch is read."""
         self.end_step()
         number, run = state.step + 1, state.run
         ends = run.stop is not None or (run.max_steps is not None and number > run.max_steps)
@@ -129,7 +128,7 @@ class _Live:
                 return
             self.first, self.last = self.first or self.coming, self.coming
             yield batch
-            del batch  # or it would live until the next one is there
+            del batch  # drop our reference now, or two batches are alive while the next is read
 
     def begin_step(self) -> None:
         if self.profiler is None:
@@ -147,7 +146,7 @@ class _Live:
             span.__exit__(None, None, None)
 
     def finish(self, _: TrainState) -> None:
-        """End the trace; one that no step came to is dropped."""
+        """End the trace and write it, unless no step was done in it."""
         self.end_step()
         running, self.profiler = self.profiler, None
         first, self.first = self.first, 0

@@ -13,7 +13,7 @@ from fntrain.core.state import TrainState
 
 @attrs.frozen
 class ProgressBar:
-    """The hook's value; called, it gives the live one, which holds the bar."""
+    """The parameters of the hook; called, it gives the live one, which holds the bar."""
 
     @contextmanager
     def __call__(self) -> Iterator[Hook]:

@@ -13,12 +13,12 @@ import attrs
 import torch
 
 from fntrain.core import tree
-from fntrain.core.check import whole
+from fntrain.core.check import number, whole
 from fntrain.core.hook import AnyHook, Hook, Needs, hook, resource
 from fntrain.core.metrics import metric_over_ranks
 from fntrain.core.state import TrainState, remember, snapshot, stop
 from fntrain.events import MetricName
-from fntrain.hooks.metrics import to_host
+from fntrain.hooks.series import to_host
 
 _log = logging.getLogger("fntrain")
 ROLLBACKS = MetricName("rollbacks", reduce="max", smooth="each")
@@ -78,8 +78,7 @@ def rollback_on_spike(
 
     Source: Chowdhery et al. 2022, PaLM, section 5.1, https://arxiv.org/abs/2204.02311
     """
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 < factor < math.inf:
-        raise ValueError(f"factor: got {factor!r}, expected a number > 1")
+    number("factor", factor, lambda factor: 1 < factor < math.inf, "> 1")
     record = RollBack(
         metric,
         factor,

@@ -1,6 +1,6 @@
-"""hooks.on_signal: end a run that is told to go (preemption, a time limit, Ctrl-C) with all of it saved.
+"""hooks.on_signal: end a run with everything saved when a signal asks it to (preemption, a time limit, Ctrl-C).
 
-The handler only sets a flag. It neither logs nor raises: it may interrupt anything, a save or the logging itself.
+The handler only sets a flag. It may interrupt anything, a save or the logging itself, so it neither logs nor raises.
 """
 
 import logging
@@ -23,13 +23,13 @@ arrived: set[int] = set()  # signals that the hook of this process has seen: a l
 
 @attrs.frozen
 class OnSignal:
-    """The hook's value; called, it gives the live one, which holds the former handlers and the flag."""
+    """The parameters of the hook; called, it gives the live one, which holds the former handlers and the flag."""
 
     signals: tuple[str, ...]
     exit: bool
 
-    def __call__(self) -> "_Live":
-        return _Live(self)
+    def __call__(self) -> "SignalWatch":
+        return SignalWatch(self)
 
 
 def on_signal(
@@ -79,15 +79,15 @@ def on_signal(
     return resource(OnSignal(tuple(dict.fromkeys(names)), exit), name=name, communicates=True)
 
 
-class _Live:
-    """What the hook holds during one run."""
+class SignalWatch:
+    """What the hook holds during one run: the handlers from before, and the signal that came."""
 
     def __init__(self, settings: OnSignal) -> None:
         self.settings = settings
         self.owner = os.getpid()
         self.former: dict[int, Any] = {}
         self.came: signal.Signals | None = None
-        self.told = False  # whether the state says that it came
+        self.state_says_so = False  # whether `state.run.stop` names the signal
         self.over = False
 
     def __enter__(self) -> Hook:
@@ -123,13 +123,13 @@ class _Live:
         if self.came is None:
             return None
         _log.warning("%s: stopping after step %d; a second signal ends at once", self.came.name, state.step)
-        self.told = state.run.stop is None  # or else another hook's reason stays
+        self.state_says_so = state.run.stop is None  # another hook may have asked first, and its reason stays
         return stop(state, f"{self.came.name} received", at_once=True)
 
     def finish(self, state: TrainState) -> None:
-        """Let all ranks end as the one that the signal came to."""
+        """Let all ranks end like the one that got the signal."""
         if number := state.run.ranks.max(self.came or 0):
-            self.told |= self.came is None
+            self.state_says_so |= self.came is None
             self.came = signal.Signals(number)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -139,10 +139,10 @@ class _Live:
         if error is not None and not isinstance(error, GeneratorExit):
             error.add_note(f"besides, {self.came.name} came and asked the run to end")
         elif error is None and self.settings.exit:
-            if not self.told:
+            if not self.state_says_so:
                 _log.warning("%s: came when the run was ending", self.came.name)
             raise SystemExit(128 + self.came)
-        elif not self.told:  # not SystemExit: Python drops what is raised while a generator is thrown away
+        elif not self.state_says_so:  # not SystemExit: Python drops what is raised while a generator is thrown away
             signal.raise_signal(self.came)
 
     def restore(self) -> None:
@@ -153,7 +153,7 @@ class _Live:
 
 
 def _put_back(number: int, handler: Any) -> None:
-    """Set the handler; Python first runs what other handlers have to do, and if that raises, sets none."""
+    """Set a handler. Python first runs handlers that are due, and if one raises, sets nothing: so try again."""
     try:
         signal.signal(number, handler)
     except BaseException:

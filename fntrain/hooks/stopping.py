@@ -6,7 +6,7 @@ from typing import Any
 
 import attrs
 
-from fntrain.core.check import whole
+from fntrain.core.check import function, number, one_of, whole
 from fntrain.core.hook import AnyHook, Predicate, hook, stateful
 from fntrain.core.metrics import metric_over_ranks
 from fntrain.core.state import TrainState, remember, stop
@@ -43,18 +43,16 @@ def early_stopping(
 
     Source: Prechelt 1998, "Early Stopping - But When?"
     """
-    if mode not in ("max", "min"):
-        raise ValueError(f'mode: got {mode!r}, expected "max" or "min"')
-    if not min_delta >= 0:
-        raise ValueError(f"min_delta: got {min_delta!r}, expected a number >= 0")
+    one_of("mode", mode, ("max", "min"))
+    number("min_delta", min_delta, lambda delta: delta >= 0, ">= 0")
     record = EarlyStopping(metric, mode, whole("patience", patience, 1), min_delta, name)
     start = {"best": None, "step": None, "waited": 0}
     return stateful(
         name,
         start,
-        before_train=_AtStart(record),
+        before_train=_StopAgain(record),
         after_step=record,
-        after_train=_AtEnd(record),
+        after_train=_WarnUnseen(record),
         communicates=True,
         stops=False,  # all ranks decide on the same number
     )
@@ -78,8 +76,7 @@ def stop_when(predicate: Predicate, reason: str, *, name: str = "stop_when") -> 
       >>> final.step, final.run.stop
       (2, Stop(kind='requested', reason='loss is below 0.1'))
     """
-    if not callable(predicate):
-        raise TypeError(f"predicate: got {type(predicate).__name__}, expected a function of the state")
+    function("predicate", predicate, "a function of the state")
     if not isinstance(reason, str):
         raise TypeError(f"reason: got {type(reason).__name__}, expected a text")
     return hook(after_step=StopWhen(predicate, reason), name=name)
@@ -109,10 +106,10 @@ class EarlyStopping:
         memory: Any = state.hooks[self.name]
         if memory["waited"] < self.patience:
             return state
-        told = f"{self.name}: {self.metric} has not got better in {memory['waited']} reports"
+        reason = f"{self.name}: {self.metric} has not got better in {memory['waited']} reports"
         if memory["best"] is None:
-            return stop(state, f"{told}: it was never a finite number")
-        return stop(state, f"{told} than {memory['best']:.6g} at step {memory['step']}")
+            return stop(state, f"{reason}: it was never a finite number")
+        return stop(state, f"{reason} than {memory['best']:.6g} at step {memory['step']}")
 
     def _improves(self, value: float, best: float | None) -> bool:
         if best is None or not math.isfinite(value):
@@ -121,8 +118,8 @@ class EarlyStopping:
 
 
 @attrs.frozen
-class _AtStart:
-    """A run that was stopped, resumed: it ends as it did."""
+class _StopAgain:
+    """The callback at the start: a run that this hook has stopped stops again when it is resumed."""
 
     rule: EarlyStopping
 
@@ -131,8 +128,8 @@ class _AtStart:
 
 
 @attrs.frozen
-class _AtEnd:
-    """Says so if there was nothing to look at: a misspelt metric would otherwise never be noticed."""
+class _WarnUnseen:
+    """The callback at the end: warns if no step reported the metric, whose name may be misspelt."""
 
     rule: EarlyStopping
 

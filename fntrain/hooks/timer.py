@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import attrs
@@ -13,6 +12,7 @@ from fntrain.core.check import whole
 from fntrain.core.hook import AnyHook, Hook, hook, resource
 from fntrain.core.state import TrainState
 from fntrain.events import MetricName
+from fntrain.writers.process import duration
 
 _log = logging.getLogger("fntrain")
 DATA = MetricName("time/data", reduce="max")  # of several ranks the slowest is what all wait for
@@ -20,7 +20,7 @@ DATA = MetricName("time/data", reduce="max")  # of several ranks the slowest is 
 
 @attrs.frozen
 class IterationTimer:
-    """The hook's value; called, it gives the live one, which holds the clock."""
+    """The parameters of the hook; called, it gives the live one, which holds the clock."""
 
     warmup_steps: int
 
@@ -31,7 +31,7 @@ class IterationTimer:
         try:
             yield attrs.evolve(live, wrap_data=clock.wrap_data)
         finally:
-            clock.finish()  # opened first and so closed last: what other hooks do at the end is in
+            clock.finish()  # opened first, so closed last: the time that other hooks take at the end counts
 
 
 class _Clock:
@@ -49,7 +49,7 @@ class _Clock:
     def wrap_data(self, batches: Iterator[Any]) -> Iterator[Any]:
         while True:
             start = time.perf_counter()
-            if self.in_hooks:  # those of the step before
+            if self.in_hooks:  # the hooks of the step before
                 self.hooks += start - self.end
                 self.in_hooks = False
             try:
@@ -59,7 +59,7 @@ class _Clock:
                 return
             self.data = time.perf_counter() - start
             yield batch
-            del batch  # or it would live until the next one is there
+            del batch  # drop our reference now, or two batches are alive while the next is read
 
     def before_step(self, _: TrainState) -> None:
         self.begin = time.perf_counter()
@@ -78,20 +78,16 @@ class _Clock:
         num_steps = self.num_steps - self.warmup_steps
         if num_steps <= 0:
             return
-        if self.in_hooks:  # not when a step raised: its time is nobody's
+        if self.in_hooks:  # not when a step raised: its time is not one of hooks
             self.hooks += time.perf_counter() - self.end
         _log.info(
             "%d steps in %s (%.3g s / step); total %s, %s in hooks",
             num_steps,
-            _duration(self.steps),
+            duration(self.steps),
             self.steps / num_steps,
-            _duration(self.steps + self.hooks),
-            _duration(self.hooks),
+            duration(self.steps + self.hooks),
+            duration(self.hooks),
         )
-
-
-def _duration(seconds: float) -> timedelta:
-    return timedelta(seconds=round(seconds))
 
 
 def iteration_timer(*, warmup_steps: int = 3, name: str = "iteration_timer") -> AnyHook:

@@ -18,7 +18,8 @@ from fntrain.core.fold import fit
 from fntrain.core.hook import flatten
 from fntrain.core.tree import named_leaves
 from fntrain.jobs.config import to_dict
-from fntrain.jobs.recipe import Job, Recipe, Result, build, run
+from fntrain.jobs.job import Job, Result
+from fntrain.jobs.recipe import Recipe, build, run
 from fntrain.shell.launching.launch import check_processes, launch, placed
 from fntrain.shell.setup import setup
 from fntrain.steps.update import BoundOptimizer

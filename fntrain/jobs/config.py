@@ -18,7 +18,7 @@ C = TypeVar("C")
 
 @attrs.frozen
 class _AtLeast:
-    """A validator: a whole number from here on, told by the name of the field."""
+    """A validator: the field is a whole number >= low, else a ConfigError names it."""
 
     low: int
 
@@ -165,7 +165,7 @@ def _plain(value: Any) -> Any:
 
 
 def _restored(kind: Any, value: Any, old: Any) -> Any:
-    """What `to_dict` made plain, as a field of this type has it; what fits none of its kinds stays as it is."""
+    """Return what `to_dict` made plain as a value of a field's type; what fits none of its types stays as it is."""
     if attrs.has(type(old)) and isinstance(value, Mapping):
         return from_dict(old, value)
     for one in get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,):

@@ -2,24 +2,26 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import attrs
 import torch
+from toolz import partition_all
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from fntrain.core import tree
 from fntrain.core.check import whole
+from fntrain.core.containers import leaves, map_leaves
 from fntrain.core.errors import ConfigError
 from fntrain.core.state import TrainState
 from fntrain.jobs.config import from_dict
-from fntrain.jobs.recipe import Recipe, device_of
+from fntrain.jobs.defaults import device_of
+from fntrain.jobs.recipe import Recipe
 from fntrain.shell.checkpoints.remote import Place, RemotePath, place
 from fntrain.shell.checkpoints.save_load import latest
 from fntrain.shell.weights.load import load_params
-from fntrain.steps.batch import map_batch
+from fntrain.steps.batch import is_array, map_batch, move_batch
 from fntrain.steps.module import load_into
 
 
@@ -46,24 +48,22 @@ class Predictor:
         """
         samples = [self.recipe.preprocess(raw) for raw in raws]
         results: list[Any] = []
-        for start in range(0, len(samples), whole("batch_size", batch_size, 1)):
-            some = samples[start : start + batch_size]
-            outputs = self._outputs(default_collate(some))
-            for tensor in tree.tensors(outputs):
-                if tensor.ndim == 0 or len(tensor) != len(some):
-                    raise ValueError(
-                        f"predict_fn: gave an output of shape {tuple(tensor.shape)} for {len(some)} samples; expected "
-                        f"tensors whose first dimension is {len(some)}, in dicts, lists or tuples"
-                    )
-            for index in range(len(some)):
-                results.append(self.recipe.postprocess(tree.map_tensors(lambda t, index=index: t[index], outputs)))  # type: ignore[misc]
+        for some in partition_all(whole("batch_size", batch_size, 1), samples):
+            outputs = self._outputs(some)
+            results += [self.recipe.postprocess(_of_sample(outputs, index)) for index in range(len(some))]
         return results
 
-    def _outputs(self, batch: Any) -> Any:
+    def _outputs(self, samples: Sequence[Any]) -> Any:
         device = next(self.model.parameters()).device
         with torch.inference_mode():
-            outputs = self.recipe.predict_fn(self.model, map_batch(lambda tensor: tensor.to(device), batch))
-        return tree.map_tensors(Tensor.cpu, outputs)
+            outputs = self.recipe.predict_fn(self.model, move_batch(default_collate(list(samples)), device))
+        for leaf in leaves(outputs):
+            if (isinstance(leaf, Tensor) and leaf.ndim == 0) or (_is_split(leaf) and len(leaf) != len(samples)):
+                raise ValueError(
+                    f"predict_fn: gave an output of shape {tuple(leaf.shape)} for {len(samples)} samples; expected "
+                    f"tensors whose first dimension is {len(samples)}, in dicts, lists or tuples"
+                )
+        return map_batch(Tensor.cpu, outputs)
 
 
 def predictor(
@@ -107,6 +107,15 @@ def predictor(
     config = config if device is None else attrs.evolve(config, device=device)
     model.to(device_of(config)).eval().requires_grad_(False)
     return Predictor(recipe=recipe, model=model, config=config)
+
+
+def _of_sample(outputs: Any, index: int) -> Any:
+    """Return what the outputs for a batch say of one sample: its row of every tensor and array, the rest as it is."""
+    return map_leaves(lambda leaf: leaf[index] if _is_split(leaf) else leaf, outputs)
+
+
+def _is_split(leaf: Any) -> bool:
+    return is_array(leaf) and leaf.ndim > 0
 
 
 def _kept(recipe: Recipe, path: Place) -> Any:

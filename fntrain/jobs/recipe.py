@@ -1,164 +1,41 @@
 """Recipe: a training job as a value. Its parts are functions; another job is this one with some of them replaced."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from inspect import unwrap
-from itertools import islice
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import attrs
-import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
-from fntrain import data as streams
-from fntrain import hooks as standard
-from fntrain import schedules, writers
+from fntrain.core.check import function
 from fntrain.core.errors import CheckpointError, ConfigError
 from fntrain.core.fold import fit
-from fntrain.core.hook import UNGATED, AnyHook, Hook, flatten, hook
+from fntrain.core.hook import AnyHook
 from fntrain.core.ranks import ALONE
-from fntrain.core.state import Run, StepFn, TrainState
-from fntrain.evaluation import flattened
-from fntrain.hooks.evaluate import Evaluate as EvaluateHook
-from fntrain.jobs.config import Config, scale_config, to_dict
+from fntrain.core.rng import seed_all
+from fntrain.core.state import Run, StepFn
+from fntrain.jobs.config import Config, scale_config
+from fntrain.jobs.defaults import (
+    as_data,
+    build_optimizer,
+    build_step,
+    default_hooks,
+    device_of,
+    from_position,
+    no_evaluation,
+)
+from fntrain.jobs.job import EvaluationFn, Job, Result
 from fntrain.shell.checkpoints.save_load import checkpoints, resume_or
 from fntrain.shell.distributed.connected import ranks
-from fntrain.shell.distributed.distribute import distribute
-from fntrain.shell.setup import keep_config, seed_all
-from fntrain.shell.steps.device import checked_device
-from fntrain.shell.steps.graphs import cuda_step
-from fntrain.shell.steps.in_place import in_place
 from fntrain.shell.weights.load import load_params
 from fntrain.steps.module import init_state
-from fntrain.steps.optim import Optimizer, group, optimizer
+from fntrain.steps.optim import Optimizer
 from fntrain.steps.settings import LossFn
-from fntrain.steps.supervised import supervised_step
 
-Evaluate = Callable[[TrainState], Mapping[str, Any]]
 _log = logging.getLogger("fntrain")
 
 
-@attrs.frozen(kw_only=True)
-class Job:
-    """A recipe made live: what `ft.fit` takes, and what hooks may want to know."""
-
-    config: Any
-    model: nn.Module = attrs.field(repr=lambda model: type(model).__name__)
-    optimizer: Optimizer
-    step_fn: StepFn
-    data: Any = attrs.field(repr=lambda data: type(data).__name__)
-    state: TrainState = attrs.field(repr=False)
-    evaluation: Evaluate | None = None
-    hooks: tuple[AnyHook, ...] = ()
-
-    @property
-    def named_hooks(self) -> list[Hook]:
-        """The single hooks, without their gates, in the order in which they run."""
-        return [attrs.evolve(one, **UNGATED) for one in flatten(self.hooks)]
-
-
-@attrs.frozen(kw_only=True)
-class Result:
-    """What `ft.run` returns: the last state, and the results of the evaluation at the end by name."""
-
-    state: TrainState
-    results: Mapping[str, float]
-
-
-def build_optimizer(config: Any, model: nn.Module) -> Optimizer:
-    """AdamW with warm-up and cosine, no decay of norms and biases; the default of a recipe.
-
-    Raises:
-      ConfigError: the warm-up takes all steps.
-    Example:
-      >>> build_optimizer(Config(lr=0.1), nn.Linear(2, 2)).lr(0)
-      0.1
-    """
-    if config.warmup_steps >= config.max_steps:
-        raise ConfigError(f"warmup_steps: got {config.warmup_steps}, expected fewer than max_steps={config.max_steps}")
-    lr = schedules.warmup_cosine(config.lr, warmup_steps=config.warmup_steps, total_steps=config.max_steps)
-    vectors = [group(_is_vector, weight_decay=0.0)] if any(param.ndim < 2 for param in model.parameters()) else []
-    return optimizer(torch.optim.AdamW, lr=lr, groups=vectors, weight_decay=config.weight_decay, fused=True)
-
-
-def build_step(config: Any, model: nn.Module, loss_fn: LossFn, optimizer: Optimizer) -> StepFn:
-    """`supervised_step`, run in place, on a GPU as graphs, by several ranks together; the default of a recipe."""
-    step_fn = supervised_step(
-        model,
-        loss_fn,
-        optimizer,
-        accumulate=config.accumulate,
-        clip_grad_norm=config.clip_grad_norm,
-        precision=config.precision,
-    )
-    if ranks().world_size > 1:
-        return distribute(step_fn, config.strategy)
-    device = next(model.parameters()).device
-    return cuda_step(step_fn, device=device) if device.type == "cuda" else in_place(step_fn)
-
-
-def no_evaluation(_config: Any, _model: nn.Module) -> None:
-    """The default of a recipe: nothing is evaluated."""
-
-
-def build_writers(config: Any) -> Sequence[writers.Writer]:
-    """Console, `metrics.jsonl` and TensorBoard files in the run's directory; the default of a recipe."""
-    return writers.default(config.output_dir, hparams=to_dict(config))
-
-
-def default_hooks(
-    job: Job,
-    *own: AnyHook,
-    before_evaluation: Sequence[AnyHook] = (),
-    writers: Sequence[writers.Writer] | None = None,
-) -> tuple[AnyHook, ...]:
-    """The usual hooks in their order: signals, timer, evaluation, your own, metrics, checkpoints, config.json.
-
-    Args:
-      job: what they are for.
-      own: hooks that report metrics, or read the evaluation's, or remember; they run after it and before all is
-        written and saved.
-      before_evaluation: hooks that change what is evaluated, such as `ft.hooks.precise_bn`.
-      writers: in place of those of `build_writers`.
-    Example:
-      >>> recipe = Recipe(build_model=lambda config: nn.Linear(2, 1), build_data=lambda config: torch.ones(8, 2),
-      ...                 loss_fn=lambda model, batch: model(batch).square().mean())
-      >>> print(", ".join(str(one.name) for one in build(recipe).named_hooks))
-      on_signal, iteration_timer, write_metrics, checkpoint, keep_config
-    """
-    config = job.config
-    evaluate = [] if job.evaluation is None else [standard.evaluate(job.evaluation, every=config.eval_every)]
-    return (
-        standard.on_signal(),
-        standard.iteration_timer(),
-        *before_evaluation,
-        *evaluate,
-        *own,
-        standard.write_metrics(build_writers(config) if writers is None else writers, every=config.log_every),
-        standard.checkpoint(config.output_dir, every=config.checkpoint_every, keep_last=config.keep_last),
-        # Last: a run that the others refuse must not leave its settings in a directory that is another's.
-        hook(before_train=_KeepConfig(config.output_dir, to_dict(config)), name="keep_config"),
-    )
-
-
-@attrs.frozen
-class _KeepConfig:
-    """The callback: writes the settings beside the checkpoints, where `ft.predictor` finds them."""
-
-    directory: str
-    settings: dict[str, Any] = attrs.field(repr=False)
-
-    def __call__(self, state: TrainState) -> None:
-        if state.run.ranks.rank == 0:
-            keep_config(self.directory, self.settings)
-
-
-def _is_vector(_name: str, param: torch.Tensor) -> bool:
-    return param.ndim < 2
-
-
-def _same(value: Any) -> Any:
+def _identity(value: Any) -> Any:
     return value
 
 
@@ -199,11 +76,11 @@ class Recipe:
     loss_fn: LossFn
     build_optimizer: Callable[[Any, nn.Module], Optimizer] = build_optimizer
     build_step: Callable[[Any, nn.Module, LossFn, Optimizer], StepFn] = build_step
-    build_evaluation: Callable[[Any, nn.Module], Evaluate | None] = no_evaluation
+    build_evaluation: Callable[[Any, nn.Module], EvaluationFn | None] = no_evaluation
     build_hooks: Callable[[Job], Iterable[AnyHook]] = default_hooks
-    preprocess: Callable[[Any], Any] = _same
+    preprocess: Callable[[Any], Any] = _identity
     predict_fn: Callable[[nn.Module, Any], Any] = _forward
-    postprocess: Callable[[Any], Any] = _same
+    postprocess: Callable[[Any], Any] = _identity
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.config, Config):
@@ -216,8 +93,8 @@ class Recipe:
                 f"config: {type(self.config).__name__} is no record; put @attrs.frozen(kw_only=True) above it"
             )
         for field in attrs.fields(Recipe):
-            if field.name != "config" and not callable(getattr(self, field.name)):
-                raise TypeError(f"{field.name}: got {type(getattr(self, field.name)).__name__}, expected a function")
+            if field.name != "config":
+                function(field.name, getattr(self, field.name))
 
     def __repr__(self) -> str:
         parts = {field.name: getattr(self, field.name) for field in attrs.fields(Recipe)}
@@ -262,7 +139,7 @@ def build(recipe: Recipe, config: Any = None, *, load_weights: bool = True) -> J
         model=model,
         optimizer=optimizer,
         step_fn=step_fn,
-        data=_stream(config, recipe.build_data(config)),
+        data=as_data(config, recipe.build_data(config)),
         state=init_state(model, optimizer, seed=config.seed),
         evaluation=_checked("build_evaluation", recipe.build_evaluation(config, model), "ft.evaluation(...) or None"),
     )
@@ -302,39 +179,17 @@ def run(recipe: Recipe, config: Any = None, *, resume: bool = True, eval_only: b
     if resumed and config.weights is not None:
         _log.info("weights %s: not read, %s has checkpoints", config.weights, config.output_dir)
     job = build(recipe, config, load_weights=not resumed)
-    if eval_only:
-        if job.evaluation is None:
-            raise ConfigError("eval_only: the recipe has no evaluation; give it build_evaluation")
-        if not resumed and config.weights is None:
-            where = f"{config.output_dir}: holds no checkpoint" if resume else "eval_only without resume: no checkpoint"
-            raise CheckpointError(f"{where} to evaluate, and config.weights is None")
+    if eval_only and job.evaluation is None:
+        raise ConfigError("eval_only: the recipe has no evaluation; give it build_evaluation")
+    if eval_only and not resumed and config.weights is None:
+        where = f"{config.output_dir}: holds no checkpoint" if resume else "eval_only without resume: no checkpoint"
+        raise CheckpointError(f"{where} to evaluate, and config.weights is None")
     state = resume_or(job.state, config.output_dir) if resume else job.state
     state = state.replace(run=Run(ranks=getattr(job.step_fn, "ranks", ALONE)))
     if not eval_only:
-        data = _from(state.position, job.data)
+        data = from_position(state.position, job.data)
         state = fit(job.step_fn, job.hooks, state=state, data=data, max_steps=config.max_steps)
-    return Result(state=state, results=_results(job, state))
-
-
-def device_of(config: Any) -> torch.device:
-    """Return the device that a config asks for.
-
-    Raises:
-      ConfigError: there is none of that name here.
-    Example:
-      >>> device_of(Config(device="cpu"))
-      device(type='cpu')
-    """
-    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    advice = "give 'cpu', or 'auto', which takes what there is"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device: got {name!r}, which torch does not know; {advice}") from error
-    try:
-        return checked_device(device) if device.type == "cuda" else device
-    except RuntimeError as error:
-        raise ConfigError(f"{str(error).partition(';')[0]}; {advice}") from error
+    return Result(state=state, results=job.results(state))
 
 
 def called(part: Any) -> str:
@@ -345,24 +200,6 @@ def called(part: Any) -> str:
       ('build_step', '3')
     """
     return str(getattr(part, "__qualname__", repr(part)))
-
-
-def _results(job: Job, state: TrainState) -> dict[str, float]:
-    """What the evaluation says of a state; a hook that has just asked it, of these very weights, has reported it."""
-    if job.evaluation is None:
-        return {}
-    callbacks = [unwrap(one.after_step) for one in job.named_hooks if one.after_step]  # `hooks.timed` wraps them
-    asked = [callback for callback in callbacks if isinstance(callback, EvaluateHook)]
-    prefixes = [one.prefix for one in asked if one.fn is job.evaluation and one.weights is None]
-    results: Mapping[str, Any] = {
-        name.removeprefix(prefix): value
-        for prefix in prefixes[:1]
-        for name, value in state.metrics.items()
-        if name.startswith(prefix)
-    }
-    if not results and not (state.run.stop and state.run.stop.at_once):  # the process may be killed soon
-        results = job.evaluation(state)
-    return {name: float(value) for name, value in flattened(results).items()}
 
 
 def _config_of(recipe: Recipe, config: Any) -> Any:
@@ -380,27 +217,3 @@ def _checked(part: str, value: Any, expected: str) -> Any:
     if not callable(value) and not (value is None and expected.endswith("None")):
         raise TypeError(f"{part}: returned {type(value).__name__}, expected {expected}")
     return value
-
-
-def _stream(config: Any, data: Any) -> Any:
-    """What build_data returned, as what `fit` takes."""
-    is_data_set = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    if not (is_data_set or hasattr(data, "at") or isinstance(data, Iterable)):
-        raise TypeError(
-            f"build_data: returned {type(data).__name__}, expected a data set, a stream, or an iterable of batches"
-        )
-    if hasattr(data, "at") or not is_data_set or isinstance(data, DataLoader):
-        return data
-    return streams.stream(data, config.batch_size, seed=config.seed, num_workers=config.num_workers)
-
-
-def _from(position: int, data: Any) -> Any:
-    """Data at a position: what can't start there is read from its first batch, for `build_data` has made it anew."""
-    if position == 0 or hasattr(data, "at"):
-        return data
-    _log.warning(
-        "data: %s starts at its first batch; passing over %d, which a stream (ft.data.stream) would not read",
-        type(data).__name__,
-        position,
-    )
-    return islice(data, position, None)

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import platform
-import random
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from fntrain.core.check import one_of
 from fntrain.core.errors import ConfigError
+from fntrain.core.rng import seed_all
 from fntrain.shell.checkpoints.remote import RemotePath, place
 from fntrain.steps.precision import FLOAT32
 
@@ -57,8 +58,7 @@ def setup(
 
     Source: detectron2's default_setup
     """
-    if float32_precision not in (None, "ieee", "tf32"):
-        raise ValueError(f"float32_precision: got {float32_precision!r}, expected 'ieee', 'tf32' or None")
+    one_of("float32_precision", float32_precision, ("ieee", "tf32", None))
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     root = Path(directory)
     try:
@@ -89,20 +89,6 @@ def setup(
     if float32_precision is not None:
         for switch in FLOAT32:
             switch.fp32_precision = float32_precision
-
-
-def seed_all(seed: int) -> None:
-    """Seed the default generators of torch, Python and NumPy (if it is loaded), as scripts do for the first weights.
-
-    Example:
-      >>> seed_all(0)
-      >>> torch.rand(1)
-      tensor([0.4963])
-    """
-    torch.manual_seed(seed)
-    random.seed(seed)
-    if numpy := sys.modules.get("numpy"):
-        numpy.random.seed(seed & 0xFFFFFFFF)
 
 
 def environment() -> list[str]:

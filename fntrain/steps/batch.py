@@ -1,20 +1,22 @@
 """What a step needs to know of a batch: how many samples it has, and how to split it into micro-batches.
 
-A batch is a tensor, or nested mappings, tuples and lists of tensors (or arrays) whose first dimension counts samples,
-and of lists with one mapping, string or number for each sample. A list of tensors is a list of fields, as torch's
-default collate makes it: pass `split=` for a list with one tensor for each sample. The rest goes to all micro-batches.
+A batch is a tensor, or nested containers (see `fntrain.core.containers`) of tensors or arrays whose first dimension
+counts samples, and of lists with one mapping, text or number for each sample. A list of tensors is a list of fields, as
+torch's default collate makes it: pass `split=` for a list with one tensor for each sample. The rest goes to all
+micro-batches.
 """
 
-import copy
-import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fntrain.core.containers import children, map_leaves
+
 Batch = Any
+_OF_SAMPLE = (str, int, float, Mapping)
 
 
 def num_samples(batch: Batch) -> int:
@@ -62,29 +64,33 @@ def split_batch(batch: Batch, num: int) -> list[Batch]:
 
 
 def map_batch(fn: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
-    """Rebuild a batch with `fn` applied to its tensors, in mappings, lists, tuples and dataclasses.
+    """Rebuild a batch with `fn` applied to its tensors; other leaves stay.
 
     Example:
       >>> import torch
       >>> map_batch(torch.neg, {"x": torch.ones(()), "name": "a"})
       {'x': tensor(-1.), 'name': 'a'}
     """
+    return map_leaves(lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def move_batch(batch: Batch, device: torch.device | str) -> Batch:
+    """Return a batch with its tensors on a device; an object with a method `to` of its own is asked to move itself.
+
+    Transfers from pinned memory do not wait. On the device already, tensors are shared, not copied.
+
+    Example:
+      >>> import torch
+      >>> move_batch([torch.ones(1), "a"], "cpu")
+      [tensor([1.]), 'a']
+    """
     if isinstance(batch, Tensor):
-        return fn(batch)
-    if isinstance(batch, Mapping):
-        new = {key: map_batch(fn, value) for key, value in batch.items()}
-        if type(batch) is dict or not isinstance(batch, MutableMapping):
-            return new
-        kind = copy.copy(batch)
-        kind.update(new)
-        return kind
-    if isinstance(batch, tuple | list):
-        parts = [map_batch(fn, value) for value in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch) if field.init}
-        return dataclasses.replace(batch, **{name: map_batch(fn, value) for name, value in fields.items()})
-    return batch
+        return batch.to(device, non_blocking=True)
+    # A record or named tuple that has `to` knows better: the lengths in a PackedSequence must stay on the CPU.
+    if callable(getattr(batch, "to", None)) and not isinstance(batch, Mapping | type):
+        return batch.to(device)
+    found = children(batch)
+    return batch if found is None else found.rebuild([move_batch(value, device) for value in found.values])
 
 
 def signature(batch: Batch) -> Hashable:
@@ -98,49 +104,48 @@ def signature(batch: Batch) -> Hashable:
     if isinstance(batch, Tensor):
         layout = batch.stride() if batch.layout is torch.strided else batch.layout
         return (batch.shape, batch.dtype, batch.device, layout)
-    if isinstance(batch, Mapping):
-        return (type(batch), *((key, signature(value)) for key, value in batch.items()))
-    if isinstance(batch, tuple | list):
-        return (type(batch), *map(signature, batch))
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        return (type(batch), *(signature(getattr(batch, field.name)) for field in dataclasses.fields(batch)))
+    found = children(batch)
+    if found is not None:
+        kind: Any = type(batch)
+        return (kind, tuple(found.keys), *map(signature, found.values))
     if hasattr(batch, "tobytes"):  # an array
         return (str(batch.dtype), batch.shape, batch.tobytes())
     return (type(batch), batch) if isinstance(batch, Hashable) else repr(batch)
 
 
 def _sizes(batch: Batch, path: str) -> Iterator[tuple[str, int]]:
-    if _is_array(batch):
+    if is_array(batch):
         if batch.ndim > 0:
             yield path, batch.shape[0]
-    elif isinstance(batch, Mapping):
-        for key, value in batch.items():
-            yield from _sizes(value, f"{path}[{key!r}]")
     elif _is_sample_list(batch):
         yield path, len(batch)
-    elif isinstance(batch, tuple | list):
-        for index, value in enumerate(batch):
-            yield from _sizes(value, f"{path}[{index}]")
+    elif (found := children(batch)) is not None:
+        for key, value in zip(found.keys, found.values, strict=True):
+            yield from _sizes(value, f"{path}.{key}" if found.are_fields else f"{path}[{key!r}]")
 
 
 def _is_sample_list(value: Any) -> bool:
-    """One mapping, string or number for each sample, as the default collate and detection batches have them."""
-    kinds = (Mapping, str, int, float)
-    return isinstance(value, tuple | list) and bool(value) and all(isinstance(item, kinds) for item in value)
+    """Whether there is one mapping, text or number for each sample, as in detection batches and default collate's."""
+    if not isinstance(value, (tuple, list)) or hasattr(value, "_fields"):  # a named tuple holds fields
+        return False
+    return bool(value) and all(isinstance(item, _OF_SAMPLE) for item in value)
 
 
-def _is_array(value: Any) -> bool:
+def is_array(value: Any) -> bool:
+    """Tell whether a value is a tensor or an array, such as NumPy's.
+
+    Example:
+      >>> import torch
+      >>> is_array(torch.ones(2)), is_array([1.0, 1.0])
+      (True, False)
+    """
     return isinstance(value, Tensor) or (hasattr(value, "__array__") and hasattr(value, "ndim"))
 
 
 def _slice(batch: Batch, start: int, end: int) -> Batch:
-    if _is_array(batch):
+    if is_array(batch):
         return batch[start:end] if batch.ndim > 0 else batch
-    if isinstance(batch, Mapping):
-        return {key: _slice(value, start, end) for key, value in batch.items()}
     if _is_sample_list(batch):
         return batch[start:end]
-    if isinstance(batch, tuple | list):
-        parts = [_slice(value, start, end) for value in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    return batch
+    found = children(batch)
+    return batch if found is None else found.rebuild([_slice(value, start, end) for value in found.values])

@@ -1,4 +1,8 @@
-"""Where metrics go: console, files, memory, experiment trackers. A writer of your own is a record with `open`."""
+"""Where metrics go: console, files, memory, experiment trackers. A writer of your own is a record with `open`.
+
+May import: `fntrain.core`, `events`. Experiment trackers are loaded on first use.
+Read first: `row` (what a writer is, and what it gets), then `jsonl`.
+"""
 
 import os
 from collections.abc import Mapping

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import attrs
 import torch
 
+from fntrain.writers.process import duration, process_memory
 from fntrain.writers.row import Row, WriteRow
 
 _BYTES = {f"memory/{kind}" for kind in ("rss", "peak_rss", "allocated", "reserved", "peak_allocated")}
@@ -45,14 +46,14 @@ def _line(row: Row, seconds_per_step: float | None) -> str:
     parts = [f"step {row.step:>{max(len(total) - 1, 1)}}{total}"]
     if row.periodic and row.max_steps is not None:
         left = row.max_steps - row.step
-        parts.append("eta -:--:--" if seconds_per_step is None else f"eta {_duration(seconds_per_step * left)}")
+        parts.append("eta -:--:--" if seconds_per_step is None else f"eta {duration(seconds_per_step * left)}")
     for name in sorted(row.scalars, key=_rank):
         value = row.scalars[name]
         if name.startswith("time/"):
             parts.append(f"{name.removeprefix('time/')} {value * 1000:>7.1f} ms")
         elif name in _BYTES:
             parts.append(f"{name} {value / 2**20:.0f} MiB")
-        elif name != "skipped_steps" or value:  # said only when it happens
+        elif name != "skipped_steps" or value:  # shown only when it happens
             parts.append(f"{name} {value:<9.4g}")
     if row.periodic:
         parts.append(f"mem {_memory()}")
@@ -64,18 +65,9 @@ def _rank(name: str) -> tuple[bool, bool, bool, bool]:
     return getattr(name, "smooth", "") == "each", name.startswith("time/"), "loss" not in name, name != "loss"
 
 
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
-
-
 def _memory() -> str:
     """Peak memory: of the GPU's tensors if one is in use, else of the process."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
-    try:
-        import resource
-    except ImportError:  # no such module on Windows
-        return "n/a"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"{peak / (2**20 if sys.platform == 'darwin' else 2**10):.0f} MiB"
+    told = process_memory()
+    return f"{told.get('peak_rss', told.get('rss', 0)) / 2**20:.0f} MiB" if told else "n/a"

@@ -1,6 +1,8 @@
 """fntrain.data: what a position holds is a function of (seed, position)."""
 
+import ast
 import gc
+import inspect
 import multiprocessing
 import random
 from itertools import islice, permutations
@@ -138,6 +140,25 @@ def test_law_once_can_fail(broken):
     """Streams that lose the tail of an epoch or draw with replacement are refused."""
     with pytest.raises(AssertionError):
         law_once(twin(broken, stream(range(97), 8, seed=1)))
+
+
+def test_order_is_pure():
+    """Which samples a batch has is computed without a clock, the system, or a loader."""
+    imported = set()
+    for node in ast.walk(ast.parse(inspect.getsource(inspect.getmodule(permutation)))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    assert imported == {"functools", "attrs", "torch", "fntrain.core.check", "fntrain.core.rng"}
+
+
+def test_own_share_starts_where_its_data_can():
+    """Of what can't start anywhere, it does not say that it can."""
+    data = stream(range(9), 3, seed=0)
+    assert next(ft.data.own_share(data).at(2)).equal(next(data.at(2)))
+    assert not hasattr(ft.data.own_share([1, 2]), "at")
+    assert ft.data.own_share(data).shard(rank=0, world_size=2) is data
 
 
 def test_seeds_and_epochs_give_other_orders():

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, record_function
 
 import fntrain as ft
 from fntrain.hooks import memory
+from fntrain.writers import process
 
 MIB = 2**20
 
@@ -102,7 +103,7 @@ def test_memory_must_be_listed_before_what_writes_it():
         fit([ft.hooks.write_metrics(()), ft.hooks.memory_stats()], 1)
 
 
-@pytest.mark.skipif(not memory.STATUS.exists(), reason="only Linux tells the memory in use now")
+@pytest.mark.skipif(not process.STATUS.exists(), reason="only Linux tells the memory in use now")
 def test_memory_of_the_process_is_in_bytes():
     """A tensor of 64 MiB is seen while it lives; in the peak it stays."""
     held = []
@@ -123,17 +124,17 @@ def test_memory_of_the_process_is_in_bytes():
 
 def test_memory_is_what_the_kernel_says(monkeypatch, tmp_path):
     """Its kB are KiB; a kernel without one of the two numbers (sandboxes) leaves it out."""
-    monkeypatch.setattr(memory, "STATUS", tmp_path / "status")
+    monkeypatch.setattr(process, "STATUS", tmp_path / "status")
     expected = {"memory/peak_rss": 3 * MIB, "memory/rss": 2 * MIB}
     for text in ("Name:\tVmRSS\nVmHWM:\t    3072 kB\nVmRSS:\t    2048 kB\n", "VmRSS:\t 2048 kB\n"):
-        memory.STATUS.write_text(text)
+        process.STATUS.write_text(text)
         assert dict(fit([ft.hooks.memory_stats()], 1).metrics) == {"loss": 1.0, **expected}
         expected.pop("memory/peak_rss", None)
 
 
 def test_memory_without_linux(monkeypatch, tmp_path):
     """Elsewhere the peak alone is told, in KiB by most and in bytes by macOS; Windows is an error before step 1."""
-    monkeypatch.setattr(memory, "STATUS", tmp_path / "none")
+    monkeypatch.setattr(process, "STATUS", tmp_path / "none")
     usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=2048))
     monkeypatch.setitem(sys.modules, "resource", usage)
     for platform, peak in (("freebsd", 2 * MIB), ("darwin", 2048)):

@@ -1,11 +1,13 @@
 """Recipe, build, run and default_hooks: a training job as a value, and what happens to its directory."""
 
+import itertools
 import json
 import logging
 import pathlib
 import pickle
 import re
 import sys
+from types import SimpleNamespace
 
 import attrs
 import pytest
@@ -14,6 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import fntrain as ft
+from fntrain.core.ranks import Ranks
+from fntrain.core.source import shared
+from fntrain.jobs.defaults import from_position
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -106,6 +111,27 @@ DATA = {
 def test_a_run_that_was_stopped_and_run_again_ends_with_the_same_bits(tmp_path, build_data):
     """Whatever kind of data the recipe has."""
     assert same_bits_after_a_stop(tmp_path, attrs.evolve(RECIPE, build_data=build_data))
+
+
+class FiniteStream:
+    """Data that starts anywhere, and is each rank's own."""
+
+    def at(self, position):
+        return itertools.islice(batches(None), position, None)
+
+
+@pytest.mark.parametrize(
+    "data", [lambda: list(batches(None)), lambda: batches(None), FiniteStream], ids=["list", "once", "at"]
+)
+def test_a_rank_resumes_its_own_share(tmp_path, monkeypatch, data):
+    """Fault of before: on ranks it was no share any more after a stop, and alone it hid where data can start."""
+    build_data = lambda config: ft.data.own_share(data())  # noqa: E731
+    assert same_bits_after_a_stop(tmp_path, attrs.evolve(RECIPE, build_data=build_data))
+    monkeypatch.setattr("fntrain.jobs.defaults.ranks", lambda: SimpleNamespace(world_size=2))
+    rest = shared(from_position(2, build_data(None)), Ranks(rank=1, world_size=2))
+    rest = rest.at(2) if hasattr(rest, "at") else rest
+    expected = next(itertools.islice(batches(None), 2, None))
+    assert torch.equal(next(rest)["x"], expected["x"])
 
 
 def test_that_law_can_fail(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ import torch
 import fntrain as ft
 from fntrain import TrainState
 from fntrain.events import Image, MetricName, Text
+from fntrain.writers import process
 
 
 @attrs.frozen(eq=False)
@@ -267,7 +269,7 @@ def law_no_transfer(hooks_for, monkeypatch):
         MetricName("lr", smooth="latest"): torch.tensor(0.1),
     }
     rows, before = [], []
-    monkeypatch.setattr("fntrain.hooks.metrics.stalls", lambda tensor: True)  # as on a GPU
+    monkeypatch.setattr("fntrain.hooks.series.stalls", lambda tensor: True)  # as on a GPU
     with transfers(monkeypatch) as counted:
 
         def step_fn(state, batch):
@@ -316,6 +318,26 @@ def test_console_prints_one_line_per_write(capsys):
         assert line.index(" lr ") < line.index(" data ") < line.index(" mem ")
     assert [number_after(name, lines[0]) for name in ("loss", "loss_box", "accuracy", "lr")] == [1.25, 2, 0.5, 1e-5]
     assert lines[0].endswith("MiB")
+
+
+def test_console_shows_the_peak_of_this_process(capsys, monkeypatch, tmp_path):
+    """Fault of before: `ru_maxrss` was shown, which a rank inherits from the program that started it."""
+    monkeypatch.setattr(process, "STATUS", tmp_path / "status")
+    for text, shown in (("VmHWM:\t 3072 kB\nVmRSS:\t 2048 kB\n", "mem 3 MiB"), ("VmRSS:\t 2048 kB\n", "mem 2 MiB")):
+        process.STATUS.write_text(text)
+        fit(report(loss=lambda step: 1.0), [ft.hooks.write_metrics(ft.writers.console(), every=1)], 1)
+        assert capsys.readouterr().out.strip().endswith(shown)
+
+
+@pytest.mark.skipif(not process.STATUS.exists(), reason="other systems tell only what is inherited")
+def test_the_peak_of_a_process_is_not_that_of_its_parent():
+    """The parent takes 256 MiB and starts a small child, by fork and exec."""
+    child = f"import runpy; print(max(runpy.run_path({process.__file__!r})['process_memory']().values()))"
+    parent = (
+        f"import subprocess, sys; held = b'x' * 2**28; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    )
+    told = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True).stdout
+    assert 0 < int(told) < 2**27
 
 
 def test_console_columns_stay_in_place(capsys):

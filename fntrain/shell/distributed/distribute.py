@@ -11,6 +11,7 @@ from typing import Any, Literal
 import attrs
 from torch import nn
 
+from fntrain.core.check import one_of
 from fntrain.shell.distributed.connected import ranks
 from fntrain.shell.distributed.replicas import HALF, Compress, Replicas
 from fntrain.shell.steps.device import CudaEngine
@@ -106,11 +107,9 @@ def _on_device(memory: Memory, step_fn: SupervisedStep) -> Donated:
 
 
 def _check_options(strategy: str, ddp: dict[str, Any], fsdp: dict[str, Any]) -> None:
-    if strategy not in ("ddp", "fsdp"):
-        raise ValueError(f"strategy: got {strategy!r}, expected 'ddp' or 'fsdp'")
+    one_of("strategy", strategy, ("ddp", "fsdp"))
     for name in ("compress", "mixed_precision"):
-        if (asked := {**ddp, **fsdp}[name]) is not None and asked not in HALF:
-            raise ValueError(f"{name}: got {asked!r}, expected 'bf16', 'fp16' or None")
+        one_of(name, {**ddp, **fsdp}[name], ("bf16", "fp16", None))
     usual = {"reshard_after_forward": True}
     for name, value in (fsdp if strategy == "ddp" else ddp).items():
         if bool(value) != usual.get(name, False):

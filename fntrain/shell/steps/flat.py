@@ -1,7 +1,7 @@
 """What a traced step is a function of: flat tensors, and a key for everything else about a state and a batch."""
 
 from array import array
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from types import MappingProxyType, NoneType
 from typing import Any
 
@@ -9,6 +9,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from fntrain.core.containers import children
 from fntrain.steps.rates import Rates
 from fntrain.steps.update import BoundOptimizer
 
@@ -33,10 +34,12 @@ def flatten(value: Any, tensors: list[Tensor]) -> Hashable:
         return value.shape, value.stride(), value.dtype, value.device
     if kind is dict or kind is MappingProxyType:
         return dict, tuple(value), tuple([flatten(item, tensors) for item in value.values()])
-    if kind is tuple or kind is list or (issubclass(kind, tuple) and hasattr(kind, "_fields")):
+    if kind is tuple or kind is list:
         return kind, tuple([flatten(item, tensors) for item in value])
     if kind in (int, float, bool, str, NoneType):
         return kind, repr(value)
+    if (found := children(value)) is not None:
+        return kind, tuple(found.keys), tuple([flatten(item, tensors) for item in found.values])
     raise Untraceable(
         f"a {kind.__name__} in batch or state, where only dicts, lists, tuples, tensors, numbers and text are known"
     )
@@ -44,19 +47,19 @@ def flatten(value: Any, tensors: list[Tensor]) -> Hashable:
 
 def filler(value: Any) -> Filler:
     """A function that builds a tree like this one from an iterator of tensors, in the order of `flatten`."""
-    if isinstance(value, Mapping):
+    if isinstance(value, Tensor):
+        return next
+    if type(value) is dict or type(value) is MappingProxyType:
         keys = tuple(value)
         if all(isinstance(item, Tensor) for item in value.values()):
             return lambda tensors: dict(zip(keys, tensors, strict=False))
         fillers = [(key, filler(item)) for key, item in value.items()]
         return lambda tensors: {key: fill(tensors) for key, fill in fillers}
-    if isinstance(value, Tensor):
-        return next
-    if isinstance(value, tuple | list):
-        make = getattr(type(value), "_make", type(value))  # a named tuple takes its fields one by one
-        parts = [filler(item) for item in value]
-        return lambda tensors: make([fill(tensors) for fill in parts])
-    return lambda _: value
+    found = children(value)
+    if found is None:
+        return lambda _: value
+    rebuild, parts = found.rebuild, [filler(item) for item in found.values]
+    return lambda tensors: rebuild([fill(tensors) for fill in parts])
 
 
 @attrs.frozen(eq=False)

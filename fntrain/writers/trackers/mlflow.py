@@ -12,7 +12,7 @@ import attrs
 from fntrain.writers.row import Row, WriteRow
 from fntrain.writers.trackers.tracker import Tracked, converted, failed, require
 
-MOST_PARAMS, MOST_METRICS = 100, 1000  # of one request
+MAX_PARAMS, MAX_METRICS = 100, 1000  # of one request
 
 
 @attrs.frozen
@@ -39,16 +39,16 @@ class MLflow:
             number = known.experiment_id if known else client.create_experiment(self.experiment)
             run_id = client.create_run(number, **self.options).info.run_id
             params = [Param(key, str(value)) for key, value in (self.hparams or {}).items()]
-            for start in range(0, len(params), MOST_PARAMS):
-                client.log_batch(run_id, params=params[start : start + MOST_PARAMS])
+            for start in range(0, len(params), MAX_PARAMS):
+                client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
         else:
             client.update_run(run_id, status="RUNNING")
 
         def send(row: Row) -> None:
             now = time.time_ns() // 10**6
             metrics = [Metric(key, value, now, row.step) for key, value in row.scalars.items()]
-            for start in range(0, len(metrics), MOST_METRICS):
-                client.log_batch(run_id, metrics=metrics[start : start + MOST_METRICS])
+            for start in range(0, len(metrics), MAX_METRICS):
+                client.log_batch(run_id, metrics=metrics[start : start + MAX_METRICS])
             media = converted(row.media, lambda pixels: pixels, lambda _: None, lambda text: text)
             for name, medium in media.items():
                 if isinstance(medium, str):

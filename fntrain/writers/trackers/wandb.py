@@ -27,9 +27,9 @@ class Wandb:
         require("wandb")
         import wandb as api
 
-        place = Path(self.directory)
-        place.mkdir(parents=True, exist_ok=True)  # wandb would put its files elsewhere
-        tracked = Tracked(place / "wandb.json")
+        directory = Path(self.directory)
+        directory.mkdir(parents=True, exist_ok=True)  # wandb would put its files elsewhere
+        tracked = Tracked(directory / "wandb.json")
         options = dict(self.options)
         run_id, last_step = tracked.read(start_step)
         if options.keys() & {"fork_from", "resume_from"}:  # the tracker itself goes back to a step

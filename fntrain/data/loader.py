@@ -22,6 +22,7 @@ from fntrain.data.order import Order, Sample
 
 # Keep the draws of reading apart from each other and from those of the training step of the same number.
 _USE_SAMPLE, _USE_COLLATE = 0x73616D70, 0x636F6C6C
+_OF_ORDER = ("batch_size", "seed", "shuffle", "drop_last", "ragged_last")
 _LOW = {"batch_size": 1, "num_workers": 0, "prefetch_factor": 1, "rank": 0, "world_size": 1}
 
 
@@ -90,14 +91,8 @@ class Stream:
 
     @property
     def _order(self) -> Order:
-        return Order(
-            size=len(self.dataset),
-            batch_size=self.batch_size,
-            seed=self.seed,
-            shuffle=self.shuffle,
-            drop_last=self.drop_last,
-            ragged_last=self.ragged_last,
-        )
+        settings: dict[str, Any] = {name: getattr(self, name) for name in _OF_ORDER}
+        return Order(size=len(self.dataset), **settings)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -107,8 +102,7 @@ class Stream:
     @property
     def order(self) -> dict[str, Any]:
         """What decides which samples a batch has; the same on all ranks of a run, or it would not be one batch."""
-        settings = attrs.asdict(self._order)
-        return {"samples": settings.pop("size"), **settings}
+        return {"samples": len(self.dataset), **{name: getattr(self, name) for name in _OF_ORDER}}
 
     def samples(self, position: int) -> list[Sample]:
         """Return the (epoch, index) pairs of global batch number `position`, over all ranks.

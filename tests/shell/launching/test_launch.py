@@ -23,7 +23,9 @@ import torch.distributed as dist
 
 import fntrain as ft
 from fntrain.core import tree
-from fntrain.shell.launching.launch import launch, placed
+from fntrain.shell.launching import local
+from fntrain.shell.launching.launch import launch
+from fntrain.shell.launching.network import rank_from_environment
 
 HERE = Path(__file__).parent
 
@@ -149,9 +151,9 @@ class Ending:
 
 def test_nobody_waits_for_a_rank_that_has_just_ended(monkeypatch):
     """With nobody left to wait for, a wait takes its whole time: 10 s after SIGKILL."""
-    module, waits = sys.modules["fntrain.shell.launching.launch"], []
-    monkeypatch.setattr(module, "wait", lambda waited, timeout: waits.append(waited))
-    job = module._Job(launched.report, 1, timedelta(seconds=1))
+    waits = []
+    monkeypatch.setattr(local, "wait", lambda waited, timeout: waits.append(waited))
+    job = local.LocalJob(launched.report, 1, timedelta(seconds=1))
     job.processes = [Ending()]
     job.join(10.0)
     assert [] not in waits and job.processes[0].looks > 1
@@ -408,15 +410,15 @@ def test_who_a_process_is_is_read_from_its_environment():
         "SLURM_STEP_NODELIST": "gpu[07-08]",
         "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
     }
-    place = placed(slurm)
+    place = rank_from_environment(slurm)
     assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (5, 8, 1, 4)
     assert place.address == "gpu07:23456"
     torchrun = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "a", "MASTER_PORT": "1", "LOCAL_RANK": "1"}
-    place = placed(slurm | torchrun | {"LOCAL_WORLD_SIZE": "4"})
+    place = rank_from_environment(slurm | torchrun | {"LOCAL_WORLD_SIZE": "4"})
     assert (place.rank, place.local_rank, place.local_world_size, place.address) == (5, 1, 4, None)
-    assert placed({}) is None
-    assert placed({"SLURM_PROCID": "0", "SLURM_JOB_ID": "1", "SLURM_NODELIST": "a"}) is None
-    assert placed(slurm | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert rank_from_environment({}) is None
+    assert rank_from_environment({"SLURM_PROCID": "0", "SLURM_JOB_ID": "1", "SLURM_NODELIST": "a"}) is None
+    assert rank_from_environment(slurm | {"SLURM_STEP_NUM_TASKS": "1"}) is None
 
 
 def test_main_starts_the_ranks_of_a_script(tmp_path):

@@ -1,5 +1,6 @@
 """launch: each rank runs once and knows who it is; whatever one of them or the launcher meets, all end, soon and as one."""
 
+import json
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import failing
 import jobs
 import launched
 import pytest
@@ -531,3 +533,38 @@ def test_two_machines_of_two_ranks_are_one_world_and_stop_as_one(tmp_path):
             assert lines[-1] == "status 143", lines
             assert len([line for line in lines if "SIGTERM received (rank" in line]) == 2, lines
     assert ft.load(ft.latest(tmp_path)).step == 3
+
+
+def law_names_the_first(*broken):
+    """Every launcher names the rank that failed first, with its traceback; what another says of it comes after."""
+    ports = [free_port() for _ in failing.JOBS]
+    with ExitStack() as stack:
+        jobs = [stack.enter_context(started("failing.py", machine, *ports, *broken)) for machine in range(2)]
+        for job in jobs:
+            lines = ended(job)
+            raised = [json.loads(line.removeprefix("raised ")) for line in lines if line.startswith("raised ")]
+            assert len(raised) == len(failing.JOBS), lines
+            for (rank, how), message in zip(failing.JOBS, raised, strict=True):
+                first = rf"failed, 0 restarts done:\nTraceback(.|\n)*\nValueError: of rank {rank}(\n|$)"
+                killed = r"was killed by SIGKILL, 0 restarts done(\n|$)"
+                assert re.match(f"rank {rank} " + (killed if how == "is killed" else first), message), message
+                assert len(re.findall("Traceback", message)) == (how == "raises"), message
+                assert all(re.match(r"rank \d then said: ", line) for line in later(message, rank)), message
+
+
+def later(message, rank):
+    """The lines after what the first rank said."""
+    lines = message.splitlines()
+    return lines[1:] if "killed" in lines[0] else lines[lines.index(f"ValueError: of rank {rank}") + 1 :]
+
+
+def test_of_all_machines_the_rank_that_failed_first_is_named_first():
+    """In three jobs of two machines, of which one rank raises or is killed; by the launchers of both."""
+    law_names_the_first()
+
+
+@pytest.mark.slow
+def test_the_law_of_the_first_rank_can_fail():
+    """Without the shared list each launcher knows the failures of its own machine only."""
+    with pytest.raises(AssertionError):
+        law_names_the_first("broken")

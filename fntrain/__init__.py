@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from fntrain.jobs.config import Config, scale_config, to_dict
     from fntrain.jobs.predictor import Predictor, predictor
     from fntrain.jobs.recipe import Job, Recipe, Result, build, default_hooks, run
-    from fntrain.shell.weights.load import export, load_params
+    from fntrain.shell.weights.export import export
+    from fntrain.shell.weights.load import load_params
 
 __all__ = [
     "CheckpointError",
@@ -135,7 +136,7 @@ __getattr__ = exported_later(
         "Result": "fntrain.jobs.recipe",
         "build": "fntrain.jobs.recipe",
         "default_hooks": "fntrain.jobs.recipe",
-        "export": "fntrain.shell.weights.load",
+        "export": "fntrain.shell.weights.export",
         "load_params": "fntrain.shell.weights.load",
         "jobs": "fntrain.jobs",
         "main": "fntrain.jobs.cli",

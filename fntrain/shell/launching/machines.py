@@ -56,7 +56,7 @@ def launch_on_machines(
             if number := launcher.signal_number.value:
                 raise SystemExit(128 + number) from error
             own = _own_failures(getattr(error, "failures", {}), begun=bool(launcher.attempt.value))
-            failures = _failures_of_all(launcher.failures(store), own, num_machines, is_host=machine_rank == 0)
+            failures = _failures_of_all(launcher, store, own, num_machines)
             raise LaunchError(_described(failures, max_restarts)) from error
         except (RendezvousConnectionError, dist.DistNetworkError) as error:
             raise LaunchError(f"the connection to machine 0 ({rendezvous}) is lost, or never came about") from error
@@ -114,11 +114,9 @@ class _Launcher:
             raise SystemExit(128 + number)
         self.signal_number.value = number
 
-    def failures(self, store: Any = None) -> "_Failures | None":
-        """The list of failures of this attempt; None if machine 0 does not answer."""
-        with suppress(dist.DistError):
-            return _Failures(self.attempt.value, store if store is not None else _store(self.rendezvous))
-        return None
+    def failures(self, store: Any = None) -> "_Failures":
+        """The list of failures of this attempt; raises DistError if machine 0 does not answer."""
+        return _Failures(self.attempt.value, store if store is not None else _store(self.rendezvous))
 
 
 class _Failures:
@@ -152,31 +150,27 @@ def _own_failures(failed: Mapping[int, Any], begun: bool) -> list[Failure]:
     """What the agent of this machine knows: the rank that ended first here, if it was not ended from here."""
     failures = []
     for rank, found in failed.items():
-        text = found.message if Path(found.error_file).is_file() else None  # its own words, see _report
+        text = str(found.message) if Path(found.error_file).is_file() else None  # its own words, see _report
         line = how_it_ended(found.exitcode, begun) if text is None else text.rstrip().rpartition("\n")[2]
         failures.append(Failure(rank, found.timestamp, line, text))
     return failures
 
 
-def _failures_of_all(
-    shared: _Failures | None, own: list[Failure], num_machines: int, *, is_host: bool
-) -> list[Failure]:
+def _failures_of_all(launcher: _Launcher, store: Any, own: list[Failure], num_machines: int) -> list[Failure]:
     """The failures of all machines in their order; only this one's if machine 0 does not answer."""
-    if shared is None:
-        return own
     try:
+        shared = launcher.failures(store)
         known = {failure.rank for failure in shared.read()}
         for failure in own:
             if failure.rank not in known:
                 shared.append(failure)
         complete = shared.wait_for_machines("reported", num_machines)
         failures = shared.read()
-        if complete and is_host:  # the store ends with this process
-            shared.wait_for_machines("read", num_machines)
-        elif complete:
-            shared.store.add("read", 1)
     except dist.DistError:
         return own
+    with suppress(dist.DistError):  # the list ends with the launcher of machine 0, so it waits until all have read it
+        if complete:
+            shared.wait_for_machines("read", num_machines)
     return failures
 
 
@@ -214,8 +208,7 @@ def _report(launcher: _Launcher, failure: Failure) -> None:
     with suppress(OSError):
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(content))
     with suppress(dist.DistError):
-        if (failures := launcher.failures()) is not None:
-            failures.append(failure)
+        launcher.failures().append(failure)
     # The agent names the first of its ranks that it finds ended. If another was killed, and this one only lost the
     # connection to it, then this one has to end later than the agent's next look.
     time.sleep(2.5 * POLL_S)

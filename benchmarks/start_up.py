@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 import fntrain as ft
-from fntrain.shell.launching.launch import Placed, connected, launch
+from fntrain.shell.launching.launch import launch
+from fntrain.shell.launching.network import ProcessRank, process_group
 
 KINDS = ("launch (forkserver)", "forkserver without preload", "spawn")
 
@@ -29,10 +30,10 @@ def first_step() -> None:
     ft.fit(step_fn, state=ft.init_state(model, sgd), data=ft.data.stream(torch.ones(8, 8), 8, seed=0), max_steps=1)
 
 
-def rank(place: Placed, port: int) -> None:
+def rank(me: ProcessRank, port: int) -> None:
     """A rank of a plain start."""
     store = dist.TCPStore("127.0.0.1", port, is_master=False)  # type: ignore[attr-defined]
-    with connected(place, timeout=timedelta(minutes=1), store=store):
+    with process_group(me, timeout=timedelta(minutes=1), store=store):
         first_step()
 
 
@@ -42,8 +43,8 @@ def start(kind: str, size: int) -> None:
         return launch(first_step, size)
     context: Any = multiprocessing.get_context("spawn" if kind == "spawn" else "forkserver")
     store: Any = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    places = [Placed(number, size, number, size, None) for number in range(size)]
-    processes = [context.Process(target=rank, args=(place, store.port)) for place in places]
+    ranks = [ProcessRank(number, size, number, size) for number in range(size)]
+    processes = [context.Process(target=rank, args=(me, store.port)) for me in ranks]
     for process in processes:
         process.start()
     for process in processes:

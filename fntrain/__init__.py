@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from fntrain.jobs.job import Job, Result
     from fntrain.jobs.predictor import Predictor, predictor
     from fntrain.jobs.recipe import Recipe, build, run
-    from fntrain.shell.weights.load import export, load_params
+    from fntrain.shell.weights.export import export
+    from fntrain.shell.weights.load import load_params
 
 __all__ = [
     "CheckpointError",
@@ -140,7 +141,7 @@ __getattr__ = exported_later(
         "Result": "fntrain.jobs.job",
         "build": "fntrain.jobs.recipe",
         "default_hooks": "fntrain.jobs.defaults",
-        "export": "fntrain.shell.weights.load",
+        "export": "fntrain.shell.weights.export",
         "load_params": "fntrain.shell.weights.load",
         "jobs": "fntrain.jobs",
         "main": "fntrain.jobs.cli",

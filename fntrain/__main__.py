@@ -15,8 +15,8 @@ import attrs
 
 from fntrain.core.errors import FntrainError
 from fntrain.shell.weights import inspect
+from fntrain.shell.weights.export import export
 from fntrain.shell.weights.files import read_weights
-from fntrain.shell.weights.load import export
 
 _PATH = (
     "a checkpoint, a directory of them (the newest counts), a safetensors file, an index of several, or their directory"

@@ -79,7 +79,7 @@ def test_every_export_is_documented_with_an_example(name):
 
 
 def test_importing_changes_nothing():
-    """Logging, environment, generators, default settings, CUDA and heavy modules are as before the import."""
+    """Logging, environment, generators, default settings and CUDA are as before; what training does not need is not loaded."""
     code = """
 import logging, os, sys, torch, types
 def facts():
@@ -94,8 +94,28 @@ if len(sys.argv) > 1:
     torch.Tensor.evil = 1
     after = facts()
 assert before == after, [b for a, b in zip(before, after) if a != b]
-heavy = {"tensorboard", "torch.utils.tensorboard", "torch.distributed.checkpoint", "tqdm", "sklearn", "wandb", "mlflow", "trackio"} & (set(sys.modules) - loaded)
-assert not heavy, heavy
+heavy = {"tensorboard", "torch.utils.tensorboard", "torch.distributed.checkpoint", "tqdm", "sklearn", "wandb", "mlflow", "trackio"}
+later = {f"fntrain.shell.launching.{name}" for name in ("launch", "local", "machines", "network")}
+later |= {"fntrain.jobs", "fntrain.shell.weights"}
+too_early = (heavy | later) & (set(sys.modules) - loaded)
+assert not too_early, too_early
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     assert subprocess.run([sys.executable, "-c", code, "break it"], capture_output=True).returncode == 1
+
+
+PRINTS = {"__main__.py", "jobs/cli.py", "shell/steps/programs.py", "writers/console.py"}
+
+
+def calls(source):
+    """Every call of a source, as it is written: `print`, `warnings.warn`."""
+    return {ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)}
+
+
+def test_what_is_said_goes_by_its_channel():
+    """core.errors has the rule: print in few places, one logger, and warnings where there is no log."""
+    sources = {path.relative_to(ROOT).as_posix(): path.read_text() for path in ROOT.rglob("*.py")}
+    assert {name for name, source in sources.items() if "print" in calls(source)} <= PRINTS
+    loggers = {line for source in sources.values() for line in re.findall(r"getLogger\((.*?)\)", source)}
+    assert loggers == {'"fntrain"', ""}  # without a name: setup looks whether the root logger shows it already
+    assert "print" in calls("def f():\n    print(1)\n")

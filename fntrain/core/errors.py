@@ -1,4 +1,13 @@
-"""Errors of fntrain that a caller may want to catch by kind; wrong values and kinds raise ValueError and TypeError."""
+"""Errors of fntrain that a caller may want to catch by kind; wrong values and kinds raise ValueError and TypeError.
+
+What is no error is said to the user by one channel, chosen by what it is:
+
+- `warnings.warn`: the caller's code should change, and this is seen when a run starts or in its first steps. Python
+  shows it once for each place, and `-W error` stops the run before it has cost anything. Core and steps know no other.
+- the logger "fntrain": what happens in a run, and what a hook finds at its end, where an error would cost the result.
+  The log of the run (`ft.shell.setup`) keeps it with time and rank. Info is as expected, a warning is to be read.
+- `print`: what was asked for (command lines, the console writer), and that something long is under way (a compilation).
+"""
 
 
 class FntrainError(Exception):

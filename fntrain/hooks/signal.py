@@ -1,6 +1,6 @@
-"""hooks.on_signal: end a run with everything saved when a signal asks it to (preemption, a time limit, Ctrl-C).
+"""hooks.on_signal: end a run that is told to go (preemption, a time limit, Ctrl-C) with all of it saved.
 
-The handler only sets a flag. It may interrupt anything, a save or the logging itself, so it neither logs nor raises.
+The handler only sets a flag. It neither logs nor raises: it may interrupt anything, a save or the logging itself.
 """
 
 import logging
@@ -16,14 +16,14 @@ import attrs
 
 from fntrain.core.hook import AnyHook, Hook, hook, resource
 from fntrain.core.state import TrainState, stop
+from fntrain.shell.launching.signals import arrived
 
 _log = logging.getLogger("fntrain")
-arrived: set[int] = set()  # signals that the hook of this process has seen: a launcher need not pass them on
 
 
 @attrs.frozen
 class OnSignal:
-    """The parameters of the hook; called, it gives the live one, which holds the former handlers and the flag."""
+    """The hook's settings; a call gives what one run holds: the handlers from before it, and the signal that came."""
 
     signals: tuple[str, ...]
     exit: bool
@@ -80,15 +80,15 @@ def on_signal(
 
 
 class SignalWatch:
-    """What the hook holds during one run: the handlers from before, and the signal that came."""
+    """The handlers of one run, and the signal that came to it."""
 
     def __init__(self, settings: OnSignal) -> None:
         self.settings = settings
         self.owner = os.getpid()
         self.former: dict[int, Any] = {}
-        self.came: signal.Signals | None = None
-        self.state_says_so = False  # whether `state.run.stop` names the signal
-        self.over = False
+        self.received: signal.Signals | None = None
+        self.in_state = False  # whether the state says which signal came
+        self.over = False  # the handlers from before are set again
 
     def __enter__(self) -> Hook:
         if threading.current_thread() is not threading.main_thread():
@@ -100,50 +100,50 @@ class SignalWatch:
         try:
             for one in self.former:
                 signal.signal(one, self.handle)
-        except BaseException:  # of a former handler, such as Ctrl-C
+        except BaseException:  # raised by a handler from before, as KeyboardInterrupt is
             self.restore()
             raise
-        return hook(before_train=self.look, after_step=self.look, after_train=self.finish)
+        return hook(before_train=self.stop_if_received, after_step=self.stop_if_received, after_train=self.share)
 
     def handle(self, number: int, _: FrameType | None) -> None:
-        if os.getpid() != self.owner:  # in a child by fork: SIGTERM is how its parent ends it
+        if os.getpid() != self.owner:  # a child by fork: its parent ends it by SIGTERM
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
-        elif self.over:  # put back by a run that was begun within this one and outlived it
+        elif self.over:  # set again by a run that began within this one and outlived it
             signal.signal(number, self.former[number])
             signal.raise_signal(number)
         else:
             arrived.add(number)
-            self.came = self.came or signal.Signals(number)
+            self.received = self.received or signal.Signals(number)
             for one in self.former:
                 signal.signal(one, signal.SIG_DFL)
 
-    def look(self, state: TrainState) -> TrainState | None:
-        if self.came is None:
+    def stop_if_received(self, state: TrainState) -> TrainState | None:
+        if self.received is None:
             return None
-        _log.warning("%s: stopping after step %d; a second signal ends at once", self.came.name, state.step)
-        self.state_says_so = state.run.stop is None  # another hook may have asked first, and its reason stays
-        return stop(state, f"{self.came.name} received", at_once=True)
+        _log.warning("%s: stopping after step %d; a second signal ends at once", self.received.name, state.step)
+        self.in_state = state.run.stop is None  # if not, the reason of the hook that stopped it first stays
+        return stop(state, f"{self.received.name} received", at_once=True)
 
-    def finish(self, state: TrainState) -> None:
-        """Let all ranks end like the one that got the signal."""
-        if number := state.run.ranks.max(self.came or 0):
-            self.state_says_so |= self.came is None
-            self.came = signal.Signals(number)
+    def share(self, state: TrainState) -> None:
+        """Tell all ranks which signal came to one of them, so that all end with the same status."""
+        if number := state.run.ranks.max(self.received or 0):
+            self.in_state |= self.received is None
+            self.received = signal.Signals(number)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.restore()
-        if self.came is None:
+        if self.received is None:
             return
         if error is not None and not isinstance(error, GeneratorExit):
-            error.add_note(f"besides, {self.came.name} came and asked the run to end")
+            error.add_note(f"besides, {self.received.name} came and asked the run to end")
         elif error is None and self.settings.exit:
-            if not self.state_says_so:
-                _log.warning("%s: came when the run was ending", self.came.name)
-            raise SystemExit(128 + self.came)
-        elif not self.state_says_so:  # not SystemExit: Python drops what is raised while a generator is thrown away
-            signal.raise_signal(self.came)
+            if not self.in_state:
+                _log.warning("%s: came when the run was ending", self.received.name)
+            raise SystemExit(128 + self.received)
+        elif not self.in_state:  # Python drops a SystemExit that is raised while a generator is closed
+            signal.raise_signal(self.received)
 
     def restore(self) -> None:
         self.over = True
@@ -153,7 +153,7 @@ class SignalWatch:
 
 
 def _put_back(number: int, handler: Any) -> None:
-    """Set a handler. Python first runs handlers that are due, and if one raises, sets nothing: so try again."""
+    """Set the handler; Python first runs what other handlers have to do, and if that raises, sets none."""
     try:
         signal.signal(number, handler)
     except BaseException:

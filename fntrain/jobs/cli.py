@@ -20,7 +20,8 @@ from fntrain.core.tree import named_leaves
 from fntrain.jobs.config import to_dict
 from fntrain.jobs.job import Job, Result
 from fntrain.jobs.recipe import Recipe, build, run
-from fntrain.shell.launching.launch import check_processes, launch, placed
+from fntrain.shell.launching.launch import check_processes, launch
+from fntrain.shell.launching.network import rank_from_environment
 from fntrain.shell.setup import setup
 from fntrain.steps.update import BoundOptimizer
 
@@ -103,7 +104,8 @@ def main(recipe: Recipe, args: Sequence[str] | None = None) -> Result | None:
         train_it = partial(_train, recipe, config, resume, eval_only, results)
         several = processes["num_processes"] * processes["num_machines"] > 1 or processes["max_restarts"]
         script = Script.running() if args is None and several else None
-        launch(train_it if script is None or placed(os.environ) or dist.is_initialized() else script, **processes)
+        started = rank_from_environment(os.environ) or dist.is_initialized()
+        launch(train_it if script is None or started else script, **processes)
     except FntrainError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     return results[0] if results else None

@@ -1,4 +1,5 @@
 """Starting the processes of a job, on one machine or several, and ending all when one fails. Loaded on first use.
 
-Read first: `launch`.
+`signals` is the exception: `fntrain.hooks` imports it, so it imports nothing else of this package.
+Read first: `launch`, then `local`.
 """

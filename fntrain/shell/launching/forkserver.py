@@ -1,23 +1,23 @@
-"""Imported by the process that ranks are forked from: a signal to all processes of a job must not end it before them.
+"""Imported by the process that ranks are forked from, and by no other: a signal to all processes must not end it.
 
-Else the launcher would lose sight of ranks that are still saving, and end them.
+If it ended before the ranks, the launcher would lose sight of those that are still saving, and end them.
 """
 
 import os
 import signal
 import sys
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_IGNORED = (signal.SIGTERM, signal.SIGUSR1)
 _HERE = os.getpid()
 
 
-def _as_usual() -> None:
+def _restore_defaults() -> None:
     if os.getppid() == _HERE:
-        for number in _SIGNALS:
+        for number in _IGNORED:
             signal.signal(number, signal.SIG_DFL)
 
 
-if "multiprocessing.forkserver" in sys.orig_argv[-1]:  # not where all modules are imported, to be tested
-    for number in _SIGNALS:
+if "multiprocessing.forkserver" in sys.orig_argv[-1]:  # a test that imports all modules is another process
+    for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    os.register_at_fork(after_in_child=_as_usual)
+    os.register_at_fork(after_in_child=_restore_defaults)

@@ -1,10 +1,10 @@
-"""Weights without a training state: loading and exporting them, and looking at checkpoints. Loaded on first use.
+"""Weights without a training state: load, export and convert them, and look at checkpoints. Loaded on first use.
 
-Read first: `load`.
+Read first: `load`, then `files`, which reads and writes for all of them.
 """
 
 from fntrain.shell.weights import inspect
+from fntrain.shell.weights.convert import convert
 from fntrain.shell.weights.files import read_weights, write_weights
-from fntrain.shell.weights.load import convert
 
 __all__ = ["convert", "inspect", "read_weights", "write_weights"]

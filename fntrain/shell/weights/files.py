@@ -1,19 +1,20 @@
 """Files of named tensors that other libraries share: one safetensors file, or a set of them with an index.
 
-Reading knows the common sharded layout too (`model.safetensors.index.json`, whose `weight_map` gives the file of every
-name) and a checkpoint's model file. Foreign files have no checksums; what can be checked is that a set is whole and of
-one piece. No pickle anywhere.
+Read are the common sharded layout too (`model.safetensors.index.json`, whose `weight_map` gives the file of every name)
+and a checkpoint's model file. Files of others have no checksums; what can be checked is that no file of a set is
+missing or belongs to another set. Nothing here reads a pickle.
 """
 
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from toolz import groupby, valmap
 from torch import Tensor
 
 from fntrain.core import tree
@@ -30,7 +31,7 @@ _MADE_BY_TORCH = (b"PK\x03\x04", b"\x80\x02")  # torch.save: a zip file, a bare 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read tensors by the names in the files, on the CPU.
 
-    Foreign files are mapped, so a tensor takes memory only while it is read; don't write to it.
+    Safetensors files are mapped into memory, so a tensor takes memory only while it is read; don't write to it.
 
     Args:
       path: a safetensors file, an index of several, a directory with one of these, or a `step_XXXXXXXX` checkpoint.
@@ -79,30 +80,41 @@ def write_weights(
     path = Path(path)
     if (path.parent / MANIFEST).exists():
         raise CheckpointError(f"{path}: {path.parent} is a checkpoint, whose files belong together; give another path")
-    stored: dict[str, Tensor] = {}
-    storages: set[int] = set()
     for name, tensor in tensors.items():
         _check_kind(path, name, tensor)
-        plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        # A view of a larger storage, or storage seen before, would be refused or written whole.
-        if plain.untyped_storage().nbytes() != plain.nbytes or plain.data_ptr() in storages:
-            plain = plain.clone()
-        storages.add(plain.data_ptr())
-        stored[name] = plain
-    partial = path.with_name(f".partial-{path.name}-{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # transformers asks for the format; an alias never takes its place.
-            save_file(stored, partial, metadata={**(aliases or {}), "format": "pt"})
-            fsync(partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-        fsync(path.parent)
+        # transformers refuses a file without a format, so an alias of that name must not take its place.
+        _replace(path, _plain(tensors), {**(aliases or {}), "format": "pt"})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: could not be written: {error}") from error
     return path
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, each with a memory of its own."""
+    plain: dict[str, Tensor] = {}
+    addresses: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        # Of a view safetensors writes the whole storage, and it refuses a storage that it has seen before.
+        if own.untyped_storage().nbytes() != own.nbytes or own.data_ptr() in addresses:
+            own = own.clone()
+        addresses.add(own.data_ptr())
+        plain[name] = own
+    return plain
+
+
+def _replace(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file beside the one of this name, and rename it once it is on the disk."""
+    partial = path.with_name(f".partial-{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        fsync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    fsync(path.parent)
 
 
 def _only(directory: Path) -> Path:
@@ -130,11 +142,10 @@ def _shards(index: Path) -> dict[str, set[str]]:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index}: has no weight_map from names to files")
-    shards: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         if PurePath(file).is_absolute() or ".." in PurePath(file).parts:
             raise CheckpointError(f"{index}: {name!r} is said to be in {file!r}, which is outside of its directory")
-        shards.setdefault(file, set()).add(name)
+    shards: dict[str, set[str]] = valmap(set, groupby(weight_map.__getitem__, weight_map))
     return shards
 
 
@@ -145,7 +156,7 @@ def _read_file(file: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: no such file") from error
     except (OSError, SafetensorError) as error:
-        if any(_starts_with(file, _MADE_BY_TORCH)):
+        if _is_made_by_torch(file):
             raise CheckpointError(
                 f"{file}: is a file of torch.save, a pickle; make it a safetensors file once, with "
                 "ft.shell.weights.convert(torch_file, out)"
@@ -153,11 +164,11 @@ def _read_file(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file}: is damaged or no safetensors file: {error}") from error
 
 
-def _starts_with(file: Path, beginnings: tuple[bytes, ...]) -> Iterator[bool]:
-    if file.is_file():
-        with file.open("rb") as opened:
-            start = opened.read(8)
-        yield from (start.startswith(beginning) for beginning in beginnings)
+def _is_made_by_torch(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(8).startswith(_MADE_BY_TORCH)
 
 
 def _check_kind(path: Path, name: str, tensor: Tensor) -> None:

@@ -90,12 +90,12 @@ def rename_hint(missing: Collection[str], unexpected: Collection[str]) -> str | 
 
 
 def _most(counts: Counter[str]) -> str:
-    """The prefix that fits most names; of several the first in the alphabet, so that the hint is always the same."""
+    """The prefix that fits most names; among equals the first in the alphabet, so that the hint is always the same."""
     return min(counts, key=lambda prefix: (-counts[prefix], prefix))
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:
-    """Every way to take a name apart behind a dot."""
+    """Every way to split a name behind a dot: the prefix, and the rest."""
     parts = name.split(".")
     for index in range(1, len(parts)):
         yield ".".join(parts[:index]) + ".", ".".join(parts[index:])

@@ -8,7 +8,8 @@ from multiprocessing.connection import wait
 
 import torch.distributed as dist
 
-from fntrain.shell.launching.launch import PRELOAD, Placed, connected
+from fntrain.shell.launching.local import PRELOAD
+from fntrain.shell.launching.network import ProcessRank, process_group
 
 TIMEOUT = 300.0
 
@@ -24,7 +25,7 @@ class Pool:
         self.pipes, self.processes = [], []
         for rank in range(size):
             here, there = context.Pipe()
-            arguments = (Placed(rank, size, rank, size, None), self.store.port, there)
+            arguments = (ProcessRank(rank, size, rank, size), self.store.port, there)
             self.processes.append(
                 context.Process(target=serve, args=arguments, name=f"ranks-of-tests-{rank}", daemon=True)
             )
@@ -64,9 +65,9 @@ class Pool:
             process.join(10)
 
 
-def serve(place, port, pipe):
+def serve(me, port, pipe):
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    with connected(place, timeout=timedelta(seconds=TIMEOUT), store=store):
+    with process_group(me, timeout=timedelta(seconds=TIMEOUT), store=store):
         while True:
             fn, args = pipe.recv()
             try:

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 import fntrain as ft
-from fntrain.hooks import signal as signals
 from fntrain.shell.checkpoints.saver import Saver
-from fntrain.shell.launching.launch import PRELOAD, launch
+from fntrain.shell.launching import signals
+from fntrain.shell.launching.launch import launch
+from fntrain.shell.launching.local import PRELOAD
 
 STEPS = 8
 save = Saver.save

@@ -1,5 +1,6 @@
 """launch: each rank runs once and knows who it is; whatever one of them or the launcher meets, all end, soon and as one."""
 
+import json
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import failing
 import jobs
 import launched
 import pytest
@@ -23,7 +25,9 @@ import torch.distributed as dist
 
 import fntrain as ft
 from fntrain.core import tree
-from fntrain.shell.launching.launch import launch, placed
+from fntrain.shell.launching import local
+from fntrain.shell.launching.launch import launch
+from fntrain.shell.launching.network import rank_from_environment
 
 HERE = Path(__file__).parent
 
@@ -149,9 +153,9 @@ class Ending:
 
 def test_nobody_waits_for_a_rank_that_has_just_ended(monkeypatch):
     """With nobody left to wait for, a wait takes its whole time: 10 s after SIGKILL."""
-    module, waits = sys.modules["fntrain.shell.launching.launch"], []
-    monkeypatch.setattr(module, "wait", lambda waited, timeout: waits.append(waited))
-    job = module._Job(launched.report, 1, timedelta(seconds=1))
+    waits = []
+    monkeypatch.setattr(local, "wait", lambda waited, timeout: waits.append(waited))
+    job = local.LocalJob(launched.report, 1, timedelta(seconds=1))
     job.processes = [Ending()]
     job.join(10.0)
     assert [] not in waits and job.processes[0].looks > 1
@@ -408,15 +412,15 @@ def test_who_a_process_is_is_read_from_its_environment():
         "SLURM_STEP_NODELIST": "gpu[07-08]",
         "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
     }
-    place = placed(slurm)
+    place = rank_from_environment(slurm)
     assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (5, 8, 1, 4)
     assert place.address == "gpu07:23456"
     torchrun = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "a", "MASTER_PORT": "1", "LOCAL_RANK": "1"}
-    place = placed(slurm | torchrun | {"LOCAL_WORLD_SIZE": "4"})
+    place = rank_from_environment(slurm | torchrun | {"LOCAL_WORLD_SIZE": "4"})
     assert (place.rank, place.local_rank, place.local_world_size, place.address) == (5, 1, 4, None)
-    assert placed({}) is None
-    assert placed({"SLURM_PROCID": "0", "SLURM_JOB_ID": "1", "SLURM_NODELIST": "a"}) is None
-    assert placed(slurm | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert rank_from_environment({}) is None
+    assert rank_from_environment({"SLURM_PROCID": "0", "SLURM_JOB_ID": "1", "SLURM_NODELIST": "a"}) is None
+    assert rank_from_environment(slurm | {"SLURM_STEP_NUM_TASKS": "1"}) is None
 
 
 def test_main_starts_the_ranks_of_a_script(tmp_path):
@@ -529,3 +533,38 @@ def test_two_machines_of_two_ranks_are_one_world_and_stop_as_one(tmp_path):
             assert lines[-1] == "status 143", lines
             assert len([line for line in lines if "SIGTERM received (rank" in line]) == 2, lines
     assert ft.load(ft.latest(tmp_path)).step == 3
+
+
+def law_names_the_first(*broken):
+    """Every launcher names the rank that failed first, with its traceback; what another says of it comes after."""
+    ports = [free_port() for _ in failing.JOBS]
+    with ExitStack() as stack:
+        jobs = [stack.enter_context(started("failing.py", machine, *ports, *broken)) for machine in range(2)]
+        for job in jobs:
+            lines = ended(job)
+            raised = [json.loads(line.removeprefix("raised ")) for line in lines if line.startswith("raised ")]
+            assert len(raised) == len(failing.JOBS), lines
+            for (rank, how), message in zip(failing.JOBS, raised, strict=True):
+                first = rf"failed, 0 restarts done:\nTraceback(.|\n)*\nValueError: of rank {rank}(\n|$)"
+                killed = r"was killed by SIGKILL, 0 restarts done(\n|$)"
+                assert re.match(f"rank {rank} " + (killed if how == "is killed" else first), message), message
+                assert len(re.findall("Traceback", message)) == (how == "raises"), message
+                assert all(re.match(r"rank \d then said: ", line) for line in later(message, rank)), message
+
+
+def later(message, rank):
+    """The lines after what the first rank said."""
+    lines = message.splitlines()
+    return lines[1:] if "killed" in lines[0] else lines[lines.index(f"ValueError: of rank {rank}") + 1 :]
+
+
+def test_of_all_machines_the_rank_that_failed_first_is_named_first():
+    """In three jobs of two machines, of which one rank raises or is killed; by the launchers of both."""
+    law_names_the_first()
+
+
+@pytest.mark.slow
+def test_the_law_of_the_first_rank_can_fail():
+    """Without the shared list each launcher knows the failures of its own machine only."""
+    with pytest.raises(AssertionError):
+        law_names_the_first("broken")

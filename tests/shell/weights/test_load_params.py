@@ -14,8 +14,9 @@ from torch import nn
 
 import fntrain as ft
 from fntrain import CheckpointError, StateConsumedError, TrainState
+from fntrain.shell.weights import convert
 from fntrain.shell.weights import files as weights
-from fntrain.shell.weights import load as params
+from fntrain.shell.weights.load import _FLOATS
 from fntrain.shell.weights.report import LoadReport, rename_hint
 
 
@@ -288,8 +289,8 @@ def test_the_hint_is_in_the_error_and_works(tmp_path):
 # dtypes, ties, memory.
 
 
-@pytest.mark.parametrize("theirs", params._FLOATS, ids=str)
-@pytest.mark.parametrize("ours", params._FLOATS, ids=str)
+@pytest.mark.parametrize("theirs", _FLOATS, ids=str)
+@pytest.mark.parametrize("ours", _FLOATS, ids=str)
 def test_floats_are_converted_as_by_to(tmp_path, theirs, ours):
     """Floating dtypes become the module's, rounded as .to does, inf and nan kept; the report lists what was converted."""
     values = torch.tensor([[1.0, 1 / 3, -0.0, 1e-7], [torch.inf, -torch.inf, torch.nan, 60000.0]]).to(theirs)
@@ -632,7 +633,7 @@ def test_torch_files_are_converted(tmp_path, key, zipped):
     model, other = filled(Tied, 1), filled(Tied, 2)
     content = model.state_dict() if key is None else {key: model.state_dict(), "epoch": 3}
     torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
-    path = params.convert(tmp_path / "x.pt", tmp_path / "x.safetensors", key=key)
+    path = convert(tmp_path / "x.pt", tmp_path / "x.safetensors", key=key)
     assert "head.weight" not in safetensors.torch.load_file(path)
     ft.load_params(path, other)
     assert cases.same(values(other), values(model))
@@ -665,7 +666,7 @@ def test_torch_files_of_something_else_are_refused(tmp_path, name, monkeypatch):
     content, key, message = CONTENTS[name]
     torch.save(content, "x.pt")
     with pytest.raises(CheckpointError) as error:
-        params.convert("x.pt", "x.safetensors", key=key)
+        convert("x.pt", "x.safetensors", key=key)
     assert message in str(error.value)
     assert "weights_only" not in str(error.value)  # torch's advice to run the file's code
     assert files_in(tmp_path) == ["x.pt"]
@@ -677,4 +678,4 @@ def test_damaged_torch_files_are_refused(tmp_path, raw):
     if raw is not None:
         (tmp_path / "x.pt").write_bytes(raw)
     with pytest.raises(CheckpointError, match=r"x\.pt: "):
-        params.convert(tmp_path / "x.pt", tmp_path / "x.safetensors")
+        convert(tmp_path / "x.pt", tmp_path / "x.safetensors")

@@ -1,6 +1,6 @@
 """The standard hooks; a hook of your own is `ft.hook(after_step=...)` or `ft.stateful(...)`."""
 
-from fntrain.hooks.checkpoint import best_checkpoint, checkpoint, keep_best
+from fntrain.hooks.checkpoint import best_checkpoint, checkpoint
 from fntrain.hooks.ema import averaged, ema
 from fntrain.hooks.evaluate import evaluate
 from fntrain.hooks.memory import memory_stats
@@ -10,6 +10,7 @@ from fntrain.hooks.precise_bn import precise_bn
 from fntrain.hooks.profile import profile
 from fntrain.hooks.progress import progress_bar
 from fntrain.hooks.replicas import check_replicas
+from fntrain.hooks.retention import keep_best
 from fntrain.hooks.rollback import rollback_on_spike
 from fntrain.hooks.signal import on_signal
 from fntrain.hooks.stopping import early_stopping, stop_when

@@ -16,7 +16,7 @@ from fntrain.core.errors import ConfigError
 from fntrain.core.state import TrainState
 from fntrain.jobs.config import from_dict
 from fntrain.jobs.recipe import Recipe, device_of
-from fntrain.shell.checkpoints.remote import Place, RemotePath, place
+from fntrain.shell.checkpoints.paths import AnyPath, path_of
 from fntrain.shell.checkpoints.save_load import latest
 from fntrain.shell.weights.load import load_params
 from fntrain.steps.batch import map_batch
@@ -100,7 +100,7 @@ def predictor(
         model = recipe.build_model(config)
         load_into(model, checkpoint)
     else:
-        path = place(checkpoint)
+        path = path_of(checkpoint)
         config = _kept(recipe, path) if config is None else config
         model = recipe.build_model(config)
         load_params(latest(path) or path, model)
@@ -109,9 +109,9 @@ def predictor(
     return Predictor(recipe=recipe, model=model, config=config)
 
 
-def _kept(recipe: Recipe, path: Place) -> Any:
+def _kept(recipe: Recipe, path: AnyPath) -> Any:
     """The settings kept with a checkpoint: in its directory, the run's, or the one above (`best/` is in the run's)."""
-    path = path if isinstance(path, RemotePath) else path.absolute()
+    path = path.absolute()
     for one in (path, path.parent, path.parent.parent):
         kept = one / "config.json"
         if kept.is_file():

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from fntrain.core.errors import ConfigError
-from fntrain.shell.checkpoints.remote import RemotePath, place
+from fntrain.shell.checkpoints.paths import RemotePath, path_of
 from fntrain.steps.precision import FLOAT32
 
 _log = logging.getLogger("fntrain")
@@ -134,7 +134,7 @@ def keep_config(directory: str | os.PathLike[str], config: Mapping[str, Any]) ->
       ...     Path(directory, "config.json").read_text().split()
       ['{', '"lr":', '0.1', '}']
     """
-    path = place(directory) / "config.json"
+    path = path_of(directory) / "config.json"
     text = json.dumps(config, indent=2) + "\n"
     if path.exists():
         try:

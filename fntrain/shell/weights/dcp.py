@@ -22,7 +22,7 @@ from fntrain.shell.checkpoints.contents import Contents
 from fntrain.shell.checkpoints.structure import state_of
 
 _GROUPS = {"params": "model", "buffers": "model", "opt_state": "optimizer"}
-_STRUCTURE = "fntrain.core.state"  # a tensor of bytes: JSON of all that is no tensor
+_STRUCTURE = "fntrain.state"  # a tensor of bytes: JSON of all that is no tensor
 
 
 def to_dcp(state: TrainState, path: str | os.PathLike[str]) -> Path:

@@ -20,7 +20,7 @@ from fntrain.core.tree import named_leaves
 from fntrain.jobs.config import to_dict
 from fntrain.jobs.recipe import Job, Recipe, Result, build, run
 from fntrain.shell.launching.launch import check_processes, launch, placed
-from fntrain.shell.setup import setup
+from fntrain.shell.setup import log_directory, setup
 from fntrain.steps.optim import BoundOptimizer
 
 Flags = tuple[Any, bool, bool, bool, dict[str, Any]]
@@ -111,7 +111,7 @@ def main(recipe: Recipe, args: Sequence[str] | None = None) -> Result | None:
 def _train(recipe: Recipe, config: Any, resume: bool, eval_only: bool, results: list[Result]) -> None:
     """What every rank does."""
     try:
-        setup(config.output_dir)
+        setup(log_directory(config.output_dir))
         result = run(recipe, config, resume=resume, eval_only=eval_only)
     except FntrainError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error

@@ -24,7 +24,7 @@ from fntrain.jobs.config import Config, scale_config, to_dict
 from fntrain.shell.checkpoints.save_load import checkpoints, resume_or
 from fntrain.shell.distributed.connected import ranks
 from fntrain.shell.distributed.distribute import distribute
-from fntrain.shell.setup import keep_config, seed_all
+from fntrain.shell.setup import keep_config, log_directory, seed_all
 from fntrain.shell.steps.graphs import checked_device, cuda_step
 from fntrain.shell.steps.in_place import in_place
 from fntrain.shell.weights.load import load_params
@@ -100,8 +100,8 @@ def no_evaluation(_config: Any, _model: nn.Module) -> None:
 
 
 def build_writers(config: Any) -> Sequence[writers.Writer]:
-    """Console, `metrics.jsonl` and TensorBoard files in the run's directory; the default of a recipe."""
-    return writers.default(config.output_dir, hparams=to_dict(config))
+    """Console, `metrics.jsonl` and TensorBoard files in the run's directory; of a URL in `runs/` of that name."""
+    return writers.default(log_directory(config.output_dir), hparams=to_dict(config))
 
 
 def default_hooks(

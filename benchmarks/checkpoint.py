@@ -227,8 +227,8 @@ class Bench:
         state = nested(self.state)
 
         def ours(path: Path) -> Future[None]:
-            assert path == self.saver.root
-            self.saver.save(self.state, lambda: None)
+            assert path == self.saver.store.root
+            self.saver.save(self.state)
             assert self.saver.pending is not None
             return self.saver.pending
 

@@ -20,8 +20,9 @@ from fntrain.data import order as permutation
 from fntrain.data.order import Order
 from fntrain.shell.checkpoints import save_load as checkpoint
 from fntrain.shell.checkpoints import tensor_file
-from fntrain.shell.checkpoints.directory import commit, name_of
-from fntrain.shell.checkpoints.manifest import Contents
+from fntrain.shell.checkpoints.commit import commit, store_at
+from fntrain.shell.checkpoints.contents import Contents
+from fntrain.shell.checkpoints.store import name_of
 
 
 class EpochTailLost(data.Stream):
@@ -108,10 +109,10 @@ def feistel_for_all(size: int, key: int, start: int, end: int) -> list[int]:
     return permutation._feistel_block(size, key, 0)[start:end].tolist()
 
 
-def commit_in_place(root: Path, contents: Any, tensors: Any) -> Path:
+def commit_in_place(store: Any, contents: Any, tensors: Any) -> Path:
     """Writes straight into the visible directory, manifest first, replacing by deleting: a crash leaves half of it."""
-    target = root / name_of(contents.step)
-    whole = commit(root / "elsewhere", contents, tensors)
+    target = store.root / name_of(contents.step)
+    whole = commit(store_at(store.root / "elsewhere"), contents, tensors)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     try:
@@ -127,7 +128,7 @@ def commit_in_place(root: Path, contents: Any, tensors: Any) -> Path:
 def save_in_place(state: TrainState, directory: Path) -> Path:
     """`commit_in_place` by hand."""
     contents = Contents.of(state)
-    return commit_in_place(Path(directory), contents, map(tree.to_bytes, contents.tensors))
+    return commit_in_place(store_at(Path(directory)), contents, map(tree.to_bytes, contents.tensors))
 
 
 def save_without_strides(state: TrainState, directory: Path) -> Path:

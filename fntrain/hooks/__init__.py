@@ -6,7 +6,7 @@ May import: all but `fntrain.jobs`. What a hook holds open lives in the context 
 Read first: `stopping` (callbacks with memory), then `timer` (a hook that holds a resource).
 """
 
-from fntrain.hooks.checkpoint import best_checkpoint, checkpoint, keep_best
+from fntrain.hooks.checkpoint import best_checkpoint, checkpoint
 from fntrain.hooks.ema import averaged, ema
 from fntrain.hooks.evaluate import evaluate
 from fntrain.hooks.memory import memory_stats
@@ -16,6 +16,7 @@ from fntrain.hooks.precise_bn import precise_bn
 from fntrain.hooks.profile import profile
 from fntrain.hooks.progress import progress_bar
 from fntrain.hooks.replicas import check_replicas
+from fntrain.hooks.retention import keep_best
 from fntrain.hooks.rollback import rollback_on_spike
 from fntrain.hooks.signal import on_signal
 from fntrain.hooks.stopping import early_stopping, stop_when

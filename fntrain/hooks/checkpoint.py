@@ -1,169 +1,119 @@
 """hooks.checkpoint: save the state every n steps and at the end. hooks.best_checkpoint: save the best one."""
 
 import logging
-import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import attrs
 
 from fntrain.core import gates
-from fntrain.core.check import one_of, whole
+from fntrain.core.check import whole
 from fntrain.core.errors import CheckpointError
 from fntrain.core.hook import AnyHook, Hook, Needs, hook, resource
-from fntrain.core.metrics import metric_over_ranks
 from fntrain.core.ranks import ALONE
 from fntrain.core.state import TrainState, remember
-from fntrain.shell.checkpoints.directory import agreed as agreed_on
-from fntrain.shell.checkpoints.directory import complete, nothing, readable, remove, retain, set_aside, step_of
-from fntrain.shell.checkpoints.manifest import check_files
-from fntrain.shell.checkpoints.remote import Place, place
+from fntrain.hooks.retention import KeepBest, Mode, Retention, tell_unseen
+from fntrain.hooks.retention import keep_best as one_best  # `checkpoint` has an argument of that name
+from fntrain.shell.checkpoints.commit import Keep
+from fntrain.shell.checkpoints.paths import path_of
+from fntrain.shell.checkpoints.reading import check
 from fntrain.shell.checkpoints.saver import Saver
+from fntrain.shell.checkpoints.store import Store, gather_or_raise, step_of
 from fntrain.shell.checkpoints.upgrade import SchemaError
 
 _log = logging.getLogger("fntrain")
 _DECLARED: Any = {"communicates": True, "stops": False}
 _MEMORY = Needs("memory", "would save that memory one step old")
 T = TypeVar("T")
-Mode = Literal["max", "min"]
 
 
-@attrs.frozen
-class KeepBest:
-    """Which checkpoints to keep for their score; made by `keep_best`."""
+class _Directory:
+    """Where one hook saves during one run. Of ranks that hold the same state, only the first does anything there."""
 
-    metric: str
-    mode: Mode
-    n: int
+    def __init__(self, path: str, asynchronous: bool) -> None:
+        self.path, self.asynchronous = path, asynchronous
+        self.stack = ExitStack()
+        self.saver: Saver | None = None  # of a rank that saves something
 
-    def best(self, scores: Mapping[str, float]) -> dict[str, float]:
-        """The n best of scores by step; of equal ones the earlier."""
-        sign = -1 if self.mode == "max" else 1
-        ranked = sorted(scores.items(), key=lambda item: (sign * item[1], int(item[0])))
-        return dict(ranked[: self.n])
+    def open(self, state: TrainState, look: Callable[[Store], T]) -> T:
+        """Hold the directory; returns what the first rank finds there, or raises its error on all ranks."""
+        ranks = state.run.ranks
+
+        def begin() -> Any:
+            if ranks.rank == 0 or ranks.sharded:
+                saver = Saver(
+                    path_of(self.path), asynchronous=self.asynchronous, ranks=ranks if ranks.sharded else ALONE
+                )
+                self.saver = self.stack.enter_context(saver)
+            return look(self.saver.store) if ranks.rank == 0 and self.saver is not None else None
+
+        return gather_or_raise(ranks, begin)[0]  # type: ignore[no-any-return]
+
+    def watch(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Pass the batches on; at every step, whatever the gates of the hook, raise the error of a save that failed."""
+        for batch in batches:
+            if self.saver is not None:
+                self.saver.check()
+            yield batch
+            del batch  # or two batches are in memory while the next one is read
+
+    def save(self, state: TrainState, keep: Keep) -> None:
+        """Save a state, on the ranks that have something to save."""
+        if self.saver is not None:
+            self.saver.save(state, keep)
+
+    def wait(self, state: TrainState) -> None:
+        """Wait until all that was saved is on the disk, on all ranks; an error of one rank is raised on all."""
+        saver = self.saver
+        gather_or_raise(state.run.ranks, saver.wait if saver is not None else lambda: None)
 
 
-def keep_best(metric: str, *, mode: Mode, n: int = 1) -> KeepBest:
-    """Say which checkpoints `hooks.checkpoint` keeps for their score: those of the n best.
-
-    Args:
-      metric: name in `state.metrics` at the steps that are saved; a score that is nan or inf does not count.
-      mode: "max" if more is better, "min" if less is.
-      n: how many.
-    Raises:
-      ValueError: the mode is none of the two, or n is not positive.
-    Example:
-      >>> keep_best("eval/accuracy", mode="max")
-      KeepBest(metric='eval/accuracy', mode='max', n=1)
-    """
-    one_of("mode", mode, ("max", "min"))
-    return KeepBest(metric, mode, whole("n", n, 1))
-
-
-_of_the_best = keep_best  # `checkpoint` has an argument of that name
+@contextmanager
+def _running(live: Any) -> Iterator[Hook]:
+    """The hook of one run, made of the callbacks of one of the two classes below."""
+    with live.directory.stack:
+        callbacks = hook(before_train=live.start, after_step=live.save, after_train=live.finish)
+        yield attrs.evolve(callbacks, wrap_data=live.directory.watch)
 
 
 @attrs.frozen
 class Checkpoint:
-    """The parameters of the hook; called, it gives the live one."""
+    """The parameters of the hook; called, it gives the hook of one run."""
 
     directory: str
     name: str
-    keep_last: int | None
-    keep_every: int | None
-    keep_best: tuple[KeepBest, ...]
+    retention: Retention
     asynchronous: bool
 
     def __call__(self) -> AbstractContextManager[Hook]:
-        return _living(_Periodic(self))
-
-    def kept(self, steps: list[int], best: Collection[int]) -> set[int]:
-        """The steps to keep, of those saved, newest first."""
-        if self.keep_last is None and self.keep_every is None and not self.keep_best:
-            return set(steps)
-        every = {step for step in steps if self.keep_every is not None and step % self.keep_every == 0}
-        return {*steps[: self.keep_last or 1], *every, *best}
+        return _running(_Periodic(self))
 
 
-class _Live:
-    """The live hook of either kind; of several ranks that hold the same state, the first saves."""
+class _Periodic:
+    """hooks.checkpoint in one run."""
 
-    def __init__(self, record: "Checkpoint | BestCheckpoint") -> None:
-        self.stack = ExitStack()
-        self.directory, self.asynchronous = record.directory, record.asynchronous
-        self.saver: Saver | None = None
-        self.first = True  # of the ranks
-
-    def open(self, state: TrainState, look: Callable[[Place], T]) -> T:
-        """Take hold of the directory; returns what the first rank finds there, or raises on all ranks what it does."""
-        ranks = state.run.ranks
-        self.first = ranks.rank == 0
-
-        def begin() -> Any:
-            if self.first or ranks.sharded:
-                saver = Saver(
-                    place(self.directory), asynchronous=self.asynchronous, ranks=ranks if ranks.sharded else ALONE
-                )
-                self.saver = self.stack.enter_context(saver)
-            return look(self.saver.root) if self.first and self.saver is not None else None
-
-        return agreed_on(ranks, begin)[0]  # type: ignore[no-any-return]
-
-    def watch(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for batch in batches:
-            if self.saver is not None:
-                self.saver.check()  # at every step, whatever the gates: a failed save is told at once
-            yield batch
-            del batch  # or it would live until the next one is there
-
-    def wait(self, state: TrainState) -> None:
-        """Wait until what was saved is on the disk, on all ranks; what went wrong on one is raised on all."""
-        agreed_on(state.run.ranks, nothing if self.saver is None else self.saver.wait)
-
-    def write(self, state: TrainState, keep: Callable[[list[int]], Collection[int]]) -> None:
-        if self.saver is None:
-            return
-        step, root = state.step, self.saver.root  # not the state: it would live until it is on the disk
-        left = {later for later in self.saver.steps if later > step}  # by a roll-back
-        self.saver.save(state, (lambda: retain(root, step, keep, left)) if self.first else lambda: None)
-
-
-class _Periodic(_Live):
     def __init__(self, record: Checkpoint) -> None:
-        super().__init__(record)
         self.record = record
+        self.directory = _Directory(record.directory, record.asynchronous)
 
     def start(self, state: TrainState) -> None:
-        self.open(state, lambda root: refuse_later(root, state))
+        self.directory.open(state, lambda store: refuse_later(store, state))
 
     def save(self, state: TrainState) -> TrainState | None:
-        record, memory = self.record, {}
-        for kept in record.keep_best:
-            value = score(state, kept.metric)
-            scores = dict(state.hooks[record.name].get(kept.metric, {}))
-            memory[kept.metric] = kept.best(scores if value is None else scores | {str(state.step): value})
-        new = remember(state, record.name, memory) if record.keep_best else None
+        name, rules = self.record.name, self.record.retention
+        memory = {one.metric: one.after(state, state.hooks[name].get(one.metric, {})) for one in rules.keep_best}
         best = {int(step) for scores in memory.values() for step in scores}
-        self.write(new or state, lambda steps: record.kept(steps, best))
+        new = remember(state, name, memory) if rules.keep_best else None
+        self.directory.save(new or state, lambda steps: rules.kept(steps, best))
         return new
 
     def finish(self, state: TrainState) -> None:
-        for kept in self.record.keep_best:
-            if not state.hooks[self.record.name].get(kept.metric):
-                tell_unseen(state, self.record.name, kept.metric, "it counts only at the steps that are saved")
-        self.wait(state)
-
-
-@contextmanager
-def _living(live: Any) -> Iterator[Hook]:
-    """The hook of one run."""
-    with live.stack:
-        yield attrs.evolve(
-            hook(before_train=live.start, after_step=live.save, after_train=live.finish), wrap_data=live.watch
-        )
+        for one in self.record.retention.keep_best:
+            if not state.hooks[self.record.name].get(one.metric):
+                tell_unseen(state, self.record.name, one.metric, "it counts only at the steps that are saved")
+        self.directory.wait(state)
 
 
 def checkpoint(
@@ -211,14 +161,12 @@ def checkpoint(
         )
     if len({one.metric for one in best}) < len(best):
         raise ValueError(f"keep_best: got {best}, expected one for each metric")
-    record = Checkpoint(
-        os.fspath(directory),
-        name,
+    retention = Retention(
         keep_last if keep_last is None else whole("keep_last", keep_last, 1),
         keep_every if keep_every is None else whole("keep_every", keep_every, 1),
         best,
-        asynchronous,
     )
+    record = Checkpoint(os.fspath(directory), name, retention, asynchronous)
     remembers = {"init": _Nothing()} if best else {}
     return gates.at_end(
         gates.every(every, resource(record, name=name, makes="branch", needs=[_MEMORY], **_DECLARED, **remembers))
@@ -236,7 +184,7 @@ class _Nothing:
 
 @attrs.frozen
 class BestCheckpoint:
-    """The parameters of the hook; called, it gives the live one."""
+    """The parameters of the hook; called, it gives the hook of one run."""
 
     directory: str
     name: str
@@ -244,52 +192,46 @@ class BestCheckpoint:
     asynchronous: bool
 
     def __call__(self) -> AbstractContextManager[Hook]:
-        return _living(_Best(self))
+        return _running(_Best(self))
 
 
-class _Best(_Live):
+class _Best:
+    """hooks.best_checkpoint in one run."""
+
     def __init__(self, record: BestCheckpoint) -> None:
-        super().__init__(record)
         self.record = record
+        self.directory = _Directory(record.directory, record.asynchronous)
 
     def start(self, state: TrainState) -> TrainState | None:
-        """Bring memory and directory together: a kill may have come between the one and the other."""
+        """Make memory and directory agree: a kill may have come after one was written and before the other was."""
         memory: Mapping[str, float] = state.hooks[self.record.name]
         best = max(map(int, memory), default=-1)
-        missing = not self.open(state, partial(self.tidied, best)) and bool(memory)
-        if missing and best == state.step:
-            self.write(state, lambda _: [])
+        there = self.directory.open(state, lambda store: keep_only(store, best))
+        if there or not memory:
             return None
-        if missing and self.first:
-            _log.warning("%s: the best checkpoint (step %s) is not there; beginning anew", self.directory, best)
-        return remember(state, self.record.name, {}) if missing else None
-
-    def tidied(self, best: int, root: Place) -> bool:
-        """Leave the checkpoint of the best step alone in the directory; whether it is there."""
-        found = {step_of(path): path for path in complete(root)}
-        for step, path in found.items():
-            if step > best:
-                set_aside(path, "former")  # of a run that is not this one's past
-            elif step < best and best in found:
-                remove(path)
-        return best in found
+        if best == state.step:
+            self.directory.save(state, lambda _: [])
+            return None
+        if state.run.ranks.rank == 0:
+            _log.warning("%s: the best checkpoint (step %s) is not there; beginning anew", self.record.directory, best)
+        return remember(state, self.record.name, {})
 
     def save(self, state: TrainState) -> TrainState | None:
-        value = score(state, self.record.best.metric)
         memory = state.hooks[self.record.name]
-        if value is None or self.record.best.best({**memory, str(state.step): value}) == memory:
+        after = self.record.best.after(state, memory)
+        if after == memory:
             return None
-        new = remember(state, self.record.name, {str(state.step): value})
-        self.write(new, lambda _: [])
+        new = remember(state, self.record.name, after)
+        self.directory.save(new, lambda _: [])
         return new
 
     def finish(self, state: TrainState) -> TrainState | None:
-        """After the last evaluation, which may have run at the end only."""
+        """Save once more: the last evaluation may have run at the end only."""
         failed = state.run.stop is not None and state.run.stop.kind == "error"
         new = None if failed else self.save(state)
         if not (new or state).hooks[self.record.name]:
             tell_unseen(state, self.record.name, self.record.best.metric, "list it after the hook that reports it")
-        self.wait(state)
+        self.directory.wait(state)
         return new
 
 
@@ -320,37 +262,34 @@ def best_checkpoint(
 
     Source: detectron2's BestCheckpointer
     """
-    record = BestCheckpoint(os.fspath(directory), name, _of_the_best(metric, mode=mode), asynchronous)
+    record = BestCheckpoint(os.fspath(directory), name, one_best(metric, mode=mode), asynchronous)
     needs = [attrs.evolve(_MEMORY, but=("best", "branch"))]  # several of them may follow each other
     return resource(record, name=name, makes="best", needs=needs, outlives=True, **_DECLARED, init=_Nothing())
 
 
-def score(state: TrainState, metric: str) -> float | None:
-    """A metric of the state as a number, None if it is not there or not finite."""
-    value = metric_over_ranks(state, metric)
-    number = math.nan if value is None else float(value)
-    return number if math.isfinite(number) else None
+def keep_only(store: Store, best: int) -> bool:
+    """Leave only the checkpoint of the best step, once it is there; returns whether it is."""
+    found = {step_of(path): path for path in committed(store)}
+    for step, path in found.items():
+        if step > best:
+            store.set_aside(path, "former")  # of a run that is not this one's past
+        elif step < best and best in found:
+            store.remove(path)
+    return best in found
 
 
-def tell_unseen(state: TrainState, name: str, metric: str, advice: str) -> None:
-    """Log at the end of a run that a metric never had a score: a misspelt one would otherwise never be noticed."""
-    failed = state.run.stop is not None and state.run.stop.kind == "error"
-    if state.step > state.run.start_step and not failed:
-        _log.warning("%s: saw no %r that is finite; %s", name, metric, advice)
-
-
-def refuse_later(root: Place, state: TrainState) -> None:
+def refuse_later(store: Store, state: TrainState) -> None:
     """Refuse a directory from which another state than this run's would be resumed; damaged ones are put aside."""
-    for path in readable(root):
+    for path in store.claimed():
         if step_of(path) <= state.step:
             return
         try:
-            check_files(path)
+            check(path)
         except SchemaError:
             raise
         except CheckpointError as error:
             _log.warning("%s", error)
-            set_aside(path, "damaged")
+            store.set_aside(path, "damaged")
         else:
             raise CheckpointError(
                 f"{path}: is of a later step than this run's start ({state.step}), and would be resumed instead of "

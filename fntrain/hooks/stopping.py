@@ -10,7 +10,7 @@ from fntrain.core.check import function, number, one_of, whole
 from fntrain.core.hook import AnyHook, Predicate, hook, stateful
 from fntrain.core.metrics import metric_over_ranks
 from fntrain.core.state import TrainState, remember, stop
-from fntrain.hooks.checkpoint import Mode
+from fntrain.hooks.retention import Mode
 
 _log = logging.getLogger("fntrain")
 

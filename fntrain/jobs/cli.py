@@ -22,7 +22,7 @@ from fntrain.jobs.job import Job, Result
 from fntrain.jobs.recipe import Recipe, build, run
 from fntrain.shell.launching.launch import check_processes, launch
 from fntrain.shell.launching.network import rank_from_environment
-from fntrain.shell.setup import setup
+from fntrain.shell.setup import log_directory, setup
 from fntrain.steps.update import BoundOptimizer
 
 Flags = tuple[Any, bool, bool, bool, dict[str, Any]]
@@ -114,7 +114,7 @@ def main(recipe: Recipe, args: Sequence[str] | None = None) -> Result | None:
 def _train(recipe: Recipe, config: Any, resume: bool, eval_only: bool, results: list[Result]) -> None:
     """What every rank does."""
     try:
-        setup(config.output_dir)
+        setup(log_directory(config.output_dir))
         result = run(recipe, config, resume=resume, eval_only=eval_only)
     except FntrainError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error

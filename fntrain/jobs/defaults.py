@@ -20,7 +20,7 @@ from fntrain.jobs.config import to_dict
 from fntrain.jobs.job import Job
 from fntrain.shell.distributed.connected import ranks
 from fntrain.shell.distributed.distribute import distribute
-from fntrain.shell.setup import keep_config
+from fntrain.shell.setup import keep_config, log_directory
 from fntrain.shell.steps.device import checked_device
 from fntrain.shell.steps.graphs import cuda_step
 from fntrain.shell.steps.in_place import in_place
@@ -68,8 +68,8 @@ def no_evaluation(_config: Any, _model: nn.Module) -> None:
 
 
 def build_writers(config: Any) -> Sequence[writers.Writer]:
-    """Console, `metrics.jsonl` and TensorBoard files in the run's directory; the default of a recipe."""
-    return writers.default(config.output_dir, hparams=to_dict(config))
+    """Console, `metrics.jsonl` and TensorBoard files in the run's directory; of a URL in `runs/` of that name."""
+    return writers.default(log_directory(config.output_dir), hparams=to_dict(config))
 
 
 def default_hooks(

@@ -18,7 +18,7 @@ from fntrain.core.state import TrainState
 from fntrain.jobs.config import from_dict
 from fntrain.jobs.defaults import device_of
 from fntrain.jobs.recipe import Recipe
-from fntrain.shell.checkpoints.remote import Place, RemotePath, place
+from fntrain.shell.checkpoints.paths import AnyPath, path_of
 from fntrain.shell.checkpoints.save_load import latest
 from fntrain.shell.weights.load import load_params
 from fntrain.steps.batch import is_array, map_batch, move_batch
@@ -100,7 +100,7 @@ def predictor(
         model = recipe.build_model(config)
         load_into(model, checkpoint)
     else:
-        path = place(checkpoint)
+        path = path_of(checkpoint)
         config = _kept(recipe, path) if config is None else config
         model = recipe.build_model(config)
         load_params(latest(path) or path, model)
@@ -118,9 +118,9 @@ def _is_split(leaf: Any) -> bool:
     return is_array(leaf) and leaf.ndim > 0
 
 
-def _kept(recipe: Recipe, path: Place) -> Any:
+def _kept(recipe: Recipe, path: AnyPath) -> Any:
     """The settings kept with a checkpoint: in its directory, the run's, or the one above (`best/` is in the run's)."""
-    path = path if isinstance(path, RemotePath) else path.absolute()
+    path = path.absolute()
     for one in (path, path.parent, path.parent.parent):
         kept = one / "config.json"
         if kept.is_file():

@@ -6,7 +6,6 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,8 +14,9 @@ import torch.distributed as dist
 from fntrain.core.check import one_of
 from fntrain.core.errors import ConfigError
 from fntrain.core.rng import seed_all
-from fntrain.shell.checkpoints.remote import RemotePath, place
+from fntrain.shell.checkpoints.paths import RemotePath, path_of
 from fntrain.steps.precision import FLOAT32
+from fntrain.writers.row import local_path
 
 _log = logging.getLogger("fntrain")
 
@@ -47,20 +47,20 @@ def setup(
         None leaves torch's switches as they are. It sets torch's newer switches (`torch.backends.cuda.matmul.
         fp32_precision`); don't use the older `torch.set_float32_matmul_precision` beside it.
     Raises:
-      ConfigError: the directory can't be written to.
+      ConfigError: the directory can't be written to, or is a URL.
       ValueError: an unknown precision.
     Example:
       >>> import tempfile
       >>> with tempfile.TemporaryDirectory() as directory:
       ...     setup(directory, config={"lr": 0.1}, level=logging.ERROR)
-      ...     sorted(path.name for path in Path(directory).iterdir())
+      ...     sorted(os.listdir(directory))
       ['config.json', 'log.txt']
 
     Source: detectron2's default_setup
     """
     one_of("float32_precision", float32_precision, ("ieee", "tf32", None))
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    root = Path(directory)
+    root = local_path("directory", directory)
     try:
         root.mkdir(parents=True, exist_ok=True)
         file = _File(root / (f"log_rank{rank}.txt" if rank else "log.txt"), encoding="utf-8")
@@ -91,6 +91,17 @@ def setup(
             switch.fp32_precision = float32_precision
 
 
+def log_directory(output_dir: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """Return where the logs of a run go: to its directory or, if that is a URL, to a local one named after it.
+
+    Example:
+      >>> log_directory("runs/digits"), log_directory("s3://bucket/digits")
+      ('runs/digits', 'runs/bucket/digits')
+    """
+    _, found, path = os.fspath(output_dir).removeprefix("file://").partition("://")
+    return f"runs/{path.strip('/')}" if found else output_dir
+
+
 def environment() -> list[str]:
     """Describe what a run's numbers and bits depend on: versions, devices, threads; one line each.
 
@@ -114,13 +125,13 @@ def keep_config(directory: str | os.PathLike[str], config: Mapping[str, Any]) ->
     """Write a config to `config.json` in a run's directory; what differs from the one there is logged, line by line.
 
     Example:
-      >>> import tempfile
+      >>> import pathlib, tempfile
       >>> with tempfile.TemporaryDirectory() as directory:
       ...     keep_config(directory, {"lr": 0.1})
-      ...     Path(directory, "config.json").read_text().split()
+      ...     pathlib.Path(directory, "config.json").read_text().split()
       ['{', '"lr":', '0.1', '}']
     """
-    path = place(directory) / "config.json"
+    path = path_of(directory) / "config.json"
     text = json.dumps(config, indent=2) + "\n"
     if path.exists():
         try:

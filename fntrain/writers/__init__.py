@@ -6,14 +6,13 @@ Read first: `row` (what a writer is, and what it gets), then `jsonl`.
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fntrain.lazy import exported_later
 from fntrain.writers.console import Console, console
 from fntrain.writers.jsonl import Jsonl, jsonl
 from fntrain.writers.memory import Memory, memory
-from fntrain.writers.row import Row, Writer, WriteRow
+from fntrain.writers.row import Row, Writer, WriteRow, local_path
 from fntrain.writers.tensorboard import TensorBoard, tensorboard
 
 if TYPE_CHECKING:
@@ -62,8 +61,11 @@ def __dir__() -> list[str]:
 def default(directory: str | os.PathLike[str], *, hparams: Mapping[str, Any] | None = None) -> tuple[Writer, ...]:
     """Return the usual three: console, `metrics.jsonl` and TensorBoard files in the run's directory.
 
+    Raises:
+      ConfigError: the directory is a URL; the files are local ones.
     Example:
       >>> [type(writer).__name__ for writer in default("runs/digits")]
       ['Console', 'Jsonl', 'TensorBoard']
     """
-    return console(), jsonl(Path(directory) / "metrics.jsonl"), tensorboard(directory, hparams=hparams)
+    root = local_path("directory", directory)
+    return console(), jsonl(root / "metrics.jsonl"), tensorboard(root, hparams=hparams)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import attrs
 
-from fntrain.writers.row import Row, WriteRow
+from fntrain.writers.row import Row, WriteRow, local_path
 
 
 @attrs.frozen
@@ -43,11 +43,13 @@ def jsonl(path: str | os.PathLike[str]) -> Jsonl:
     A run first drops the lines of steps after its start (and a last line that a kill cut short); the file as it was is
     kept beside it, with the ending `.old`. Of steps done again after a roll-back the later line counts.
 
+    Raises:
+      ConfigError: the path is a URL; the file is a local one.
     Example:
       >>> jsonl("runs/digits/metrics.jsonl")
       Jsonl(path='runs/digits/metrics.jsonl')
     """
-    return Jsonl(os.fspath(path))
+    return Jsonl(str(local_path("path", path)))
 
 
 def _truncate(path: Path, start_step: int) -> None:

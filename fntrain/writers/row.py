@@ -1,12 +1,15 @@
-"""What a writer is: a value whose `open` gives a function that takes rows."""
+"""What a writer is: a value whose `open` gives a function that takes rows. And where it may write."""
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Protocol
 
 import attrs
 
+from fntrain.core.errors import ConfigError
 from fntrain.writers.history import History
 
 
@@ -41,3 +44,22 @@ class Writer(Protocol):
 
     def open(self, start_step: int) -> AbstractContextManager[WriteRow]:
         """Open for a run that starts after `start_step`: what was written for later steps must not stay."""
+
+
+def local_path(name: str, path: str | os.PathLike[str]) -> Path:
+    """Return a path of the local file system, where logs are written; a file:// URL is one.
+
+    Raises:
+      ConfigError: it is a URL of another file system, of which a local directory would be made otherwise.
+    Example:
+      >>> local_path("directory", "s3://bucket/runs")
+      Traceback (most recent call last):
+      fntrain.ConfigError: directory: got 's3://bucket/runs', expected a local path: logs are local files; ...
+    """
+    text = os.fspath(path).removeprefix("file://")
+    if "://" in text:
+        raise ConfigError(
+            f"{name}: got {text!r}, expected a local path: logs are local files; give one for them (checkpoints can go "
+            "to the URL)"
+        )
+    return Path(text)

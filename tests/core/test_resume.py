@@ -1,12 +1,13 @@
 """A run saved at any step and resumed is the run that was never stopped, bit for bit."""
 
+import attrs
 import pytest
 import torch
 from cases import make, square_loss
 
 import fntrain as ft
 from fntrain import TrainState
-from fntrain.shell.checkpoints import manifest as files
+from fntrain.shell.checkpoints import contents, reading
 from fntrain.testing import assert_resume_exact
 
 SAMPLES = torch.randn(22, 6, generator=torch.Generator().manual_seed(5))
@@ -117,9 +118,9 @@ def test_a_longer_horizon_goes_on_exactly():
 
 def test_on_a_device_there_is_no_second_copy_of_the_weights(tmp_path, monkeypatch):
     """Parameters and buffers wait on the host to be copied to the model's; what the model does not have goes there."""
-    entry = files._entry
-    monkeypatch.setattr(files, "_entry", lambda *leaf: entry(*leaf) | {"device": "cuda"})
+    stored = contents._stored
+    monkeypatch.setattr(contents, "_stored", lambda *leaf: attrs.evolve(stored(*leaf), device="cuda"))
     state = TrainState(step=1, position=1, seed=0, params={"w": torch.ones(2)}, buffers={"b": torch.ones(1)})
     path = ft.save(state.replace(opt_state={"w": {"exp_avg": torch.ones(2)}}), tmp_path)
-    read = files.read_files(path, device=torch.device("meta"))
+    read = reading.read_state(path, device=torch.device("meta"))
     assert not read.params["w"].is_meta and not read.buffers["b"].is_meta and read.opt_state["w"]["exp_avg"].is_meta

@@ -14,7 +14,11 @@ from hypothesis import strategies as st
 
 import fntrain as ft
 from fntrain import TrainState
-from fntrain.shell.checkpoints import directory, saver
+from fntrain.shell.checkpoints import saver
+from fntrain.shell.checkpoints.commit import commit
+from fntrain.shell.checkpoints.local import LocalStore
+from fntrain.shell.checkpoints.save_load import checkpoints
+from fntrain.shell.checkpoints.store import committed, name_of, step_of
 
 module = importlib.import_module("fntrain.hooks.checkpoint")  # the function has the same name
 keep_best = ft.hooks.keep_best
@@ -41,7 +45,7 @@ def scored(scores, name="score"):
 
 def steps(root):
     """The steps in view, newest first."""
-    return [directory.step_of(path) for path in directory.complete(root)]
+    return [step_of(path) for path in checkpoints(root)]
 
 
 def run(root, max_steps, *, scores=None, losses=None, every=1, **options):
@@ -172,20 +176,20 @@ class History:
             if left[0] == 0:
                 raise Killed
 
-        def removing(path):
+        def removing(store, path):
             die_at_zero()
-            directory_remove(path)
+            remove(store, path)
             die_at_zero()
 
-        def committing(root, contents, tensors):
-            path = directory_commit(root, contents, tensors)
+        def committing(store, contents, tensors):
+            path = commit(store, contents, tensors)
             self.last = contents.step
             self.whole[contents.step] = ft.digest(ft.load(path))
             return path
 
-        directory_remove, directory_commit = directory.remove, saver.commit
+        remove, commit = LocalStore.remove, saver.commit
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(directory, "remove", removing)
+            patch.setattr(LocalStore, "remove", removing)
             patch.setattr(saver, "commit", committing)
             hook = ft.hooks.checkpoint(self.root, every=every, asynchronous=False, **self.options)
             hooks = [scored(SCORES * 99), ft.hook(after_step=roll_back), hook]
@@ -204,13 +208,13 @@ class History:
         self.check()
 
     def is_there(self, step):
-        return (self.root / directory.name_of(step)).exists()
+        return (self.root / name_of(step)).exists()
 
     def check(self):
         """The last one committed, or the one begun from, is there, whole, and a run can be resumed from the newest."""
         if self.last is not None:
             assert self.is_there(self.last), f"step {self.last} is gone"
-            assert ft.digest(ft.load(self.root / directory.name_of(self.last))) == self.whole[self.last]
+            assert ft.digest(ft.load(self.root / name_of(self.last))) == self.whole[self.last]
         if self.whole:
             resumed = ft.resume_or(fresh(), self.root)
             assert ft.digest(resumed) == self.whole[resumed.step]
@@ -224,7 +228,7 @@ class History:
         whole = [step for step in steps(self.root) if step in self.whole]
         if len(whole) > max(nth, 1):
             step = whole[nth]
-            file = self.root / directory.name_of(step) / "model.safetensors"
+            file = self.root / name_of(step) / "model.safetensors"
             raw = file.read_bytes()
             file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
             del self.whole[step]
@@ -258,18 +262,18 @@ def test_no_history_takes_the_newest_away(tmp_path_factory, options, history):
     law_history(tmp_path_factory.getbasetemp() / "history", options, history)
 
 
-def by_number(root, newest, keep, left=()):
+def by_number(store, newest, keep, left=()):
     """Keeps the highest numbers, as if the one just saved were one of them."""
-    found = {directory.step_of(path): path for path in directory.complete(root)}
+    found = {step_of(path): path for path in committed(store)}
     for step in found.keys() - set(keep(list(found))):
-        directory.remove(found[step])
+        store.remove(found[step])
 
 
-def delete_first(root, contents, tensors):
+def delete_first(store, contents, tensors):
     """Makes room before it writes."""
-    for path in directory.complete(root):
-        directory.remove(path)
-    return directory.commit(root, contents, tensors)
+    for path in committed(store):
+        store.remove(path)
+    return commit(store, contents, tensors)
 
 
 def test_law_history_can_fail(tmp_path, monkeypatch):
@@ -280,10 +284,10 @@ def test_law_history_can_fail(tmp_path, monkeypatch):
     for history in (back, dies, spoilt):
         law_history(tmp_path / "runs", {"keep_last": 2}, history)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "retain", by_number)
+        patch.setattr(saver, "retain", by_number)
         with pytest.raises(AssertionError, match="step 1 is gone"):
             law_history(tmp_path / "runs", {"keep_last": 2}, back)
-        patch.setattr(module, "refuse_later", lambda root, state: None)
+        patch.setattr(module, "refuse_later", lambda store, state: None)
         with pytest.raises(AssertionError, match="step 5 is gone"):
             law_history(tmp_path / "runs", {"keep_last": 2}, spoilt)
     with monkeypatch.context() as patch:
@@ -300,9 +304,9 @@ def saved(monkeypatch):
     """The steps that were committed, by the name of their directory."""
     commit, saved = saver.commit, []
 
-    def noted(root, contents, tensors):
-        saved.append((root.name, contents.step))
-        return commit(root, contents, tensors)
+    def noted(store, contents, tensors):
+        saved.append((store.root.name, contents.step))
+        return commit(store, contents, tensors)
 
     monkeypatch.setattr(saver, "commit", noted)
     return saved

@@ -376,3 +376,29 @@ def test_setup_says_how_float32_products_round(tmp_path):
     finally:
         for switch, was in zip(FLOAT32, before, strict=True):
             switch.fp32_precision = was
+
+
+@pytest.mark.parametrize("make", [setup, ft.writers.default, lambda url: ft.writers.jsonl(f"{url}/metrics.jsonl")])
+def test_logs_are_local_files(tmp_path, monkeypatch, make):
+    """A URL is refused, and no directory of its name is made; file:// is the local file system."""
+    monkeypatch.chdir(tmp_path)
+    for url in ("s3://bucket/runs", "memory://runs"):
+        with pytest.raises(
+            ft.ConfigError, match=r"got '(s3|memory)://.*logs are local files; give one .*checkpoints can go"
+        ):
+            make(url)
+    assert list(tmp_path.iterdir()) == []
+    make(f"file://{tmp_path}/runs")
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["runs"])
+
+
+def test_the_logs_of_a_run_elsewhere_are_in_a_local_directory_of_its_name(tmp_path, monkeypatch):
+    """Its checkpoints and config.json are where the URL says; nothing is named like the URL."""
+    monkeypatch.chdir(tmp_path)
+    url = "memory://test_cli/elsewhere"
+    ft.main(attrs.evolve(RECIPE, build_hooks=ft.default_hooks), ["--output-dir", url, "--max-steps", "2"])
+    assert ft.latest(url).name == "step_00000002"
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*")] == ["runs/test_cli"]
+    names = {path.name for path in (tmp_path / "runs/test_cli/elsewhere").iterdir()}
+    assert names >= {"log.txt", "metrics.jsonl"}
+    assert "config.json" not in names

@@ -1,13 +1,14 @@
-"""Save, load and resume.
+"""save, load, latest and resume_or: what users call.
 
-directory.py has the order of a save and what is in view, files.py what is in a checkpoint, saver.py saves in the
-background.
+saver.py saves in the background. A save goes from here or there to contents.py (what is to be written), commit.py (the
+order of effects), writing.py and tensor_file.py; a load to reading.py, manifest.py and tensor_file.py.
 """
 
 import logging
 import os
 from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,21 +16,15 @@ from torch import Tensor
 
 from fntrain.core import tree
 from fntrain.core.errors import CheckpointError
-from fntrain.core.lease import FIELDS, Leased
+from fntrain.core.lease import FIELDS, Home, Leased
 from fntrain.core.ranks import ALONE
 from fntrain.core.state import TrainState, named_leaves
-from fntrain.shell.checkpoints.directory import commit, complete, readable, told
-from fntrain.shell.checkpoints.manifest import (
-    MANIFEST,
-    MODEL,
-    TRAIN,
-    Contents,
-    Verify,
-    check_files,
-    check_verify,
-    read_files,
-)
-from fntrain.shell.checkpoints.remote import Place, place
+from fntrain.shell.checkpoints.commit import commit, store_at
+from fntrain.shell.checkpoints.contents import Contents
+from fntrain.shell.checkpoints.manifest import MANIFEST, MODEL, TRAIN
+from fntrain.shell.checkpoints.paths import AnyPath, path_of
+from fntrain.shell.checkpoints.reading import Verify, check, check_verify, read_state
+from fntrain.shell.checkpoints.store import Store, as_checkpoint_error, committed, gather_or_raise
 from fntrain.shell.checkpoints.upgrade import SchemaError
 from fntrain.shell.distributed.connected import ranks
 
@@ -37,7 +32,7 @@ T = TypeVar("T")
 _log = logging.getLogger("fntrain")
 
 
-def save(state: TrainState, directory: str | os.PathLike[str]) -> Place:
+def save(state: TrainState, directory: str | os.PathLike[str]) -> AnyPath:
     """Write a state to `directory/step_XXXXXXXX`, whole or not at all; returns that path once it is on the disk.
 
     A checkpoint of the same step is replaced only once the new one is complete.
@@ -57,7 +52,7 @@ def save(state: TrainState, directory: str | os.PathLike[str]) -> Place:
       ('step_00000005', True)
     """
     contents = Contents.of(state)
-    return commit(place(directory), contents, map(tree.to_bytes, contents.tensors))
+    return commit(store_at(path_of(directory)), contents, map(tree.to_bytes, contents.tensors))
 
 
 def load(path: str | os.PathLike[str], *, into: TrainState | None = None, verify: Verify = "full") -> TrainState:
@@ -65,8 +60,8 @@ def load(path: str | os.PathLike[str], *, into: TrainState | None = None, verify
 
     Args:
       path: a `step_XXXXXXXX` directory.
-      into: a state whose memory is used again: tensors of the same path, shape and dtype are written over, wherever
-        they are; of those that share memory the first. It is consumed; if the checkpoint is damaged, its values are
+      into: a state whose memory is used again: tensors of the same path, shape and dtype are written over, on whatever
+        device; of those that share memory only the first. It is consumed; if the checkpoint is damaged, its values are
         lost.
       verify: "full" checks every byte; "structure" all but the values of the tensors.
     Raises:
@@ -79,8 +74,8 @@ def load(path: str | os.PathLike[str], *, into: TrainState | None = None, verify
     """
     check_verify(verify)
     if into is None:
-        return read_files(place(path), verify=verify)
-    memory = _apart({leaf: value for leaf, value in named_leaves(into) if isinstance(value, Tensor)})
+        return read_state(path_of(path), verify=verify)
+    memory = _without_aliases({leaf: value for leaf, value in named_leaves(into) if isinstance(value, Tensor)})
     homes = {}
     for field in FIELDS:
         mapping: Any = getattr(into, field)
@@ -89,18 +84,18 @@ def load(path: str | os.PathLike[str], *, into: TrainState | None = None, verify
     names = {field: {f"{field}.{name}" for name in getattr(into, field)} for field in homes if field != "opt_state"}
     for field, home in homes.items():
         home.end(f"ft.load({os.fspath(path)!r}, into=...)", field)
-    loaded = read_files(place(path), verify=verify, into=memory)
+    loaded = read_state(path_of(path), verify=verify, into=memory)
     leased = {}
     for field, home in homes.items():
         tensors = dict(getattr(loaded, field))
-        # The module's memory only if nothing of it lies elsewhere: a step in place would not look.
+        # A lease says that all tensors are the module's: without this check a step in place would trust it.
         here = {f"{field}.{name}" for name in tensors if memory.get(f"{field}.{name}") is tensors[name]}
         if field == "opt_state" or here == names[field]:
             leased[field] = Leased(tensors, home, field, loaded.step)
     return loaded.replace(**leased)
 
 
-def latest(directory: str | os.PathLike[str], *, verify: Verify = "structure") -> Place | None:
+def latest(directory: str | os.PathLike[str], *, verify: Verify = "structure") -> AnyPath | None:
     """Return the newest intact checkpoint of a directory, or None if it has none.
 
     Damaged ones are passed over with a warning in the log.
@@ -116,18 +111,18 @@ def latest(directory: str | os.PathLike[str], *, verify: Verify = "structure") -
       True
     """
     check_verify(verify)
-    found = newest(place(directory), lambda path: check_files(path, verify=verify))
+    found = newest(store_at(path_of(directory)), lambda path: check(path, verify=verify))
     return found and found[0]
 
 
-def checkpoints(directory: str | os.PathLike[str]) -> list[Place]:
+def checkpoints(directory: str | os.PathLike[str]) -> list[AnyPath]:
     """List the checkpoints of a directory, newest step first; their bytes are not read.
 
     Example:
       >>> checkpoints("no/such/directory")
       []
     """
-    return complete(place(directory))
+    return committed(store_at(path_of(directory)))
 
 
 def resume_or(state: TrainState, directory: str | os.PathLike[str], *, verify: Verify = "full") -> TrainState:
@@ -135,8 +130,9 @@ def resume_or(state: TrainState, directory: str | os.PathLike[str], *, verify: V
 
     Damaged checkpoints are passed over with a warning in the log. Tensors get the device and layout of `state`'s. If
     `state` is on a module's own memory (of `ft.init_state`, or of a step run in place), so is the result, as after
-    `ft.load_into`: one copy of the weights, not two; `state` is consumed then. If parameters of `state` are split over
-    ranks, each reads its rows alone, and all must call it.
+    `ft.load_into`: one copy of the weights, not two; `state` is consumed then. Files on a local disk are then read
+    twice, first to check them, for nothing of `state` may be written over before all is found intact. If parameters of
+    `state` are split over ranks, each reads its rows alone, and all must call it.
 
     Args:
       state: a fresh state of the same job; params and buffers must match by name, shape and dtype, opt_state by
@@ -155,44 +151,36 @@ def resume_or(state: TrainState, directory: str | os.PathLike[str], *, verify: V
     check_verify(verify)
     if not isinstance(state, TrainState):
         raise TypeError(f"state: got {type(state).__name__}, expected a TrainState (ft.init_state makes one)")
-    root = place(directory)
-    with told(root, "can't be looked into"):
-        if root.is_file() or (root / MANIFEST).exists():
-            raise CheckpointError(f"{root}: is no directory of checkpoints; give the one that holds the step_... ones")
-    device = next((param.device for param in state.params.values()), None)
-    split = {name: param for name, param in state.params.items() if tree.local(param) is not param}
-
-    def read(path: Place) -> TrainState:
-        loaded: TrainState | None = None
-        problem: CheckpointError | None = None
-        try:
-            loaded = read_files(path, verify=verify, device=device, split=split)
-        except SchemaError:
-            raise  # on all ranks: all read the manifest
-        except CheckpointError as error:
-            problem = error
-        problems = [one for one in (ranks() if split else ALONE).gather(problem and str(problem)) if one is not None]
-        if loaded is None or problems:  # each rank has read other bytes: what one finds damaged all pass over
-            raise problem or CheckpointError(problems[0])
-        return loaded
-
-    found = newest(root, read)
+    store = store_at(path_of(directory))
+    with as_checkpoint_error(store.root, "can't be looked into", store.errors):
+        if store.root.is_file() or (store.root / MANIFEST).exists():
+            raise CheckpointError(
+                f"{store.root}: is no directory of checkpoints; give the one that holds the step_... ones"
+            )
+    memory = _own_memory(state) if isinstance(store.root, Path) else {}  # a network should not be asked twice
+    found = newest(store, lambda path: check(path, verify=verify) if memory else _read_like(state, path, verify))
     if found is None:
-        _log.info("no checkpoint in %s: starting from the state given", root)
+        _log.info("no checkpoint in %s: starting from the state given", store.root)
         return state
     path, loaded = found
+    _check_job(loaded, state, path)
     _log.info("resuming from %s", path)
-    return _fitted(loaded, state, path)
+    home = _home(state)
+    if home is None:
+        return _laid_out_like(loaded, state)
+    own = {"params": dict(state.params), "buffers": dict(state.buffers)}
+    home.end("ft.resume_or", *FIELDS)
+    return _on_module(_read_over(memory, path, verify) if memory else loaded, own, home)
 
 
-def newest(root: Place, read: Callable[[Place], T]) -> tuple[Place, T] | None:
+def newest(store: Store, read: Callable[[AnyPath], T]) -> tuple[AnyPath, T] | None:
     """Return the newest checkpoint that can be read, and what was read; those passed over are logged.
 
     Raises:
       CheckpointError: there are some, and none can be read; or one is of a later schema, which is no damage.
     """
     problems = []
-    for path in readable(root):
+    for path in store.claimed():
         try:
             return path, read(path)
         except SchemaError:
@@ -202,14 +190,58 @@ def newest(root: Place, read: Callable[[Place], T]) -> tuple[Place, T] | None:
             _log.warning("passed over a damaged checkpoint: %s", error)
     if problems:
         raise CheckpointError(
-            f"{root}: all {len(problems)} checkpoints are damaged; move them away to start afresh\n  "
+            f"{store.root}: all {len(problems)} checkpoints are damaged; move them away to start afresh\n  "
             + "\n  ".join(problems)
         )
     return None
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those that can be written one by one: an average may have begun as the parameters themselves."""
+def _home(state: TrainState) -> Home | None:
+    """The memory of the module that a state is on, None if it is on its own or on memory that was written since."""
+    home = state.params.home if type(state.params) is Leased else None
+    here = home is not None and home.leased(state.params, "params") and home.leased(state.buffers, "buffers")
+    return home if here else None
+
+
+def _own_memory(state: TrainState) -> dict[str, Tensor]:
+    """Parameters and buffers that a checkpoint may be read straight into, by dotted path: a module's, on the CPU."""
+    if _home(state) is None:
+        return {}
+    tensors = {f"params.{name}": param for name, param in state.params.items()}
+    tensors |= {f"buffers.{name}": buffer for name, buffer in state.buffers.items()}
+    if any(tensor.device.type != "cpu" or tree.local(tensor) is not tensor for tensor in tensors.values()):
+        return {}
+    return _without_aliases(tensors)
+
+
+def _read_like(state: TrainState, path: AnyPath, verify: Verify) -> TrainState:
+    """Read a checkpoint into new memory; of parameters that are split over ranks this rank's rows, on all ranks."""
+    device = next((param.device for param in state.params.values()), None)
+    split = {name: param for name, param in state.params.items() if tree.local(param) is not param}
+    found: list[TrainState] = []
+    # Each rank reads other bytes: what one finds damaged, all have to pass over.
+    gather_or_raise(
+        ranks() if split else ALONE,
+        lambda: found.append(read_state(path, verify=verify, device=device, split=split)),
+    )
+    return found[0]
+
+
+def _read_over(memory: Mapping[str, Tensor], path: AnyPath, verify: Verify) -> TrainState:
+    """Read a checkpoint that has just been checked over the memory of a state."""
+    try:
+        return read_state(path, verify=verify, into=memory)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; it was intact just before, so the state given has lost its values: make it anew, and call again"
+        ) from error
+
+
+def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that can be written one by one, of some that share memory the first.
+
+    An average, for instance, may have begun as the parameters themselves: written over once, both would change.
+    """
     apart: dict[str, Tensor] = {}
     taken: dict[torch.device, list[tuple[int, int]]] = {}
     for leaf, tensor in tensors.items():
@@ -238,8 +270,8 @@ def _length(tensor: Tensor) -> int | None:
     return length
 
 
-def _fitted(loaded: TrainState, like: TrainState, path: Place) -> TrainState:
-    """The loaded state in the memory, or with the devices and layouts, of a fresh one; checks that it is of its job."""
+def _check_job(loaded: TrainState, like: TrainState, path: AnyPath) -> None:
+    """Raise CheckpointError unless a checkpoint is of the same job as a fresh state; values do not matter."""
     if loaded.seed != like.seed:
         raise CheckpointError(f"{path}: seed is {loaded.seed}, this run has {like.seed}; a resumed run keeps its seed")
     for field in ("params", "buffers"):
@@ -247,21 +279,27 @@ def _fitted(loaded: TrainState, like: TrainState, path: Place) -> TrainState:
             raise CheckpointError(f"{path / MODEL}: of another model:\n  " + "\n  ".join(problems))
     if unknown := sorted(loaded.opt_state.keys() - like.params.keys()):
         raise CheckpointError(f"{path / TRAIN}: opt_state is of parameters the model does not have: {unknown}")
-    home = like.params.home if type(like.params) is Leased else None
-    if home is None or not (home.leased(like.params, "params") and home.leased(like.buffers, "buffers")):
-        laid_out = {}
-        for field in ("params", "buffers"):
-            have, want = getattr(loaded, field), getattr(like, field)
-            laid_out[field] = {name: _laid_out(want[name], have[name]) for name in want}
-        return loaded.replace(**laid_out)
-    fields: dict[str, Any] = {"params": dict(like.params), "buffers": dict(like.buffers)}
-    home.end("ft.resume_or", *FIELDS)
+
+
+def _on_module(loaded: TrainState, own: Mapping[str, Mapping[str, Tensor]], home: Home) -> TrainState:
+    """The loaded state on a module's own parameters and buffers."""
     with torch.no_grad():
-        for field, tensors in fields.items():
+        for field, tensors in own.items():
             for name, tensor in tensors.items():
-                tree.local(tensor).copy_(tree.local(tree.split_like(tensor, getattr(loaded, field)[name])))
-    fields["opt_state"] = dict(loaded.opt_state)
-    return loaded.replace(**{field: Leased(fields[field], home, field, loaded.step) for field in fields})
+                read = getattr(loaded, field)[name]
+                if read is not tensor:  # it was not read straight into that memory
+                    tree.local(tensor).copy_(tree.local(tree.split_like(tensor, read)))
+    fields: dict[str, Any] = {**own, "opt_state": loaded.opt_state}
+    return loaded.replace(**{field: Leased(dict(fields[field]), home, field, loaded.step) for field in fields})
+
+
+def _laid_out_like(loaded: TrainState, like: TrainState) -> TrainState:
+    """The loaded state with the devices and layouts of a fresh one."""
+    laid_out = {}
+    for field in ("params", "buffers"):
+        have, want = getattr(loaded, field), getattr(like, field)
+        laid_out[field] = {name: _laid_out(want[name], have[name]) for name in want}
+    return loaded.replace(**laid_out)
 
 
 def _laid_out(want: Tensor, have: Tensor) -> Tensor:

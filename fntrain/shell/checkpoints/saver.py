@@ -1,9 +1,9 @@
-"""Saving in the background: the training thread pays for a copy into host memory, a thread for the disk."""
+"""Saves in the background: the training thread copies the state into host memory, another thread writes the copy."""
 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -15,9 +15,10 @@ from torch import Tensor
 from fntrain.core import tree
 from fntrain.core.ranks import ALONE, Ranks
 from fntrain.core.state import TrainState
-from fntrain.shell.checkpoints.directory import agreed, clean, commit, writing
-from fntrain.shell.checkpoints.manifest import Contents
-from fntrain.shell.checkpoints.remote import Place, RemotePath
+from fntrain.shell.checkpoints.commit import Keep, commit, retain, store_at
+from fntrain.shell.checkpoints.contents import Contents
+from fntrain.shell.checkpoints.paths import AnyPath
+from fntrain.shell.checkpoints.store import gather_or_raise
 from fntrain.shell.checkpoints.tensor_file import PART
 
 _log = logging.getLogger("fntrain")
@@ -31,11 +32,11 @@ class Saver:
       root: the directory.
       asynchronous: save in a thread. At most one save is under way: the next waits for it. What goes wrong there is
         raised by the next call of `save`, `check` or `wait`.
-      ranks: who saves together, each its part; the first holds the directory. All ranks raise at the same calls.
+      ranks: that save together, each its part; the first holds the directory. All ranks raise at the same calls.
     """
 
-    def __init__(self, root: Place, *, asynchronous: bool = True, ranks: Ranks = ALONE) -> None:
-        self.root = root if isinstance(root, RemotePath) else root.absolute()  # a chdir while it is open moves nothing
+    def __init__(self, root: AnyPath, *, asynchronous: bool = True, ranks: Ranks = ALONE) -> None:
+        self.store = store_at(root.absolute())  # the process may change its current directory meanwhile
         self.buffers = HostBuffers() if asynchronous else None
         self.ranks = ranks
         self.pending: Future[None] | None = None
@@ -44,12 +45,12 @@ class Saver:
 
     def __enter__(self) -> "Saver":
         with self.stack:
-            self.channel = self.ranks.channel()  # first: all ranks come to it
+            self.channel = self.ranks.channel()  # before anything that may fail: all ranks have to make one
             self.stack.callback(self.channel.close)
             if self.ranks.rank == 0:
-                self.stack.enter_context(writing(self.root, alone=True))
-                clean(self.root)
-            self.thread = ThreadPoolExecutor(1, thread_name_prefix="fntrain-checkpoint")  # starts with the first save
+                self.stack.enter_context(self.store.hold(alone=True))
+                self.store.clean()
+            self.thread = ThreadPoolExecutor(1, thread_name_prefix="fntrain-checkpoint")
             self.stack = self.stack.pop_all()
         _open.add(self)
         return self
@@ -60,21 +61,28 @@ class Saver:
             self.thread.shutdown()
             self.wait()
 
-    def save(self, state: TrainState, then: Callable[[], None]) -> None:
-        """Save a state; `then` is called after the commit, by the same thread."""
+    def save(self, state: TrainState, keep: Keep | None = None) -> None:
+        """Save a state; after the commit delete the checkpoints that are not to be kept.
+
+        Args:
+          state: only its saved fields count; it is not held until it is on the disk.
+          keep: as of `retain`, of which the first rank's counts; without it nothing is deleted. Steps later than this
+            one that were saved here are deleted: they are of a branch that the run has left by a roll-back.
+        """
         begin = time.perf_counter()
         self.wait()
         contents = Contents.of(state)
         if contents.ranks.world_size > 1:
             contents = attrs.evolve(contents, ranks=self.channel)
+        left = {step for step in self.steps if step > state.step}
         self.steps.add(state.step)
         if self.buffers is None:
-            self._commit(contents, map(tree.to_bytes, contents.tensors), then)
+            self._commit(contents, map(tree.to_bytes, contents.tensors), keep, left)
         else:
             data, copied = self.buffers.copy(contents.tensors, self.thread)
-            contents.tensors.clear()  # a state of the pure step would live until it is on the disk
+            contents.tensors.clear()  # or a state of the pure step would stay in memory until it is on the disk
             earlier = [saver.pending for saver in tuple(_open) if saver is not self and saver.pending is not None]
-            self.pending = self.thread.submit(self._commit, contents, data, then, copied, earlier)
+            self.pending = self.thread.submit(self._commit, contents, data, keep, left, copied, earlier)
             _log.debug("step %s: copied in %.3f s", state.step, time.perf_counter() - begin)
 
     def check(self) -> None:
@@ -86,7 +94,7 @@ class Saver:
         """Wait for the save that is under way; raises what went wrong."""
         pending = self.pending
         if pending is not None:
-            error = pending.exception()  # Ctrl-C while waiting leaves it pending
+            error = pending.exception()  # Ctrl-C may end this call: then it stays pending
             self.pending = None
             if error is not None:
                 raise error
@@ -95,7 +103,8 @@ class Saver:
         self,
         contents: Contents,
         data: Iterable[memoryview],
-        then: Callable[[], None],
+        keep: Keep | None,
+        left: set[int],
         copied: Sequence[Any] = (),
         earlier: Sequence[Future[None]] = (),
     ) -> None:
@@ -103,14 +112,19 @@ class Saver:
         for event in copied:
             event.synchronize()
         for save in earlier:
-            save.exception()  # what this state remembers of other hooks' saves must be on the disk before it
-        path = commit(self.root, contents, data)
+            save.exception()  # this state may remember what other hooks have saved: that must be on the disk first
+        path = commit(self.store, contents, data)
         _log.info("saved %s in %.3f s", path, time.perf_counter() - begin)
-        agreed(contents.ranks, then)
+
+        def delete() -> None:
+            if keep is not None and contents.ranks.rank == 0:
+                retain(self.store, contents.step, keep, left)
+
+        gather_or_raise(contents.ranks, delete)
 
 
 class HostBuffers:
-    """Host memory for one copy of a state, made once: into fresh memory a copy takes three times as long."""
+    """Host memory for one copy of a state, allocated once: a copy into fresh memory takes three times as long."""
 
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8)
@@ -121,9 +135,9 @@ class HostBuffers:
     def copy(self, tensors: list[Tensor], helper: ThreadPoolExecutor) -> tuple[list[memoryview], list[Any]]:
         """Copy tensors; returns the bytes of the copies, and events to wait for until they are there.
 
-        The copies are written over by the next call. From a CUDA device they are made in the order of its stream, so
-        what writes to the tensors after this call need not wait; from elsewhere they are there at once. Where torch
-        has one thread only, the helper, which is idle, copies along.
+        The next call writes over the copies. From a CUDA device they are made in the order of its stream, so a step
+        that writes to the tensors after this call need not wait; from elsewhere they are complete at once. Where torch
+        has one thread only, the helper, which is idle, copies too.
         """
         kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
         if kinds != self.kinds:
@@ -154,7 +168,7 @@ class HostBuffers:
         pinned = any(tensor.device.type == "cuda" for tensor in tensors)
         if end > self.memory.numel() or pinned != self.memory.is_pinned():
             self.views, self.data = [], []
-            self.memory = torch.empty(0, dtype=torch.uint8)  # the old before the new
+            self.memory = torch.empty(0, dtype=torch.uint8)  # free the old memory before the new is allocated
             self.memory = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
         self.views = [
             self.memory[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
@@ -164,7 +178,7 @@ class HostBuffers:
 
 
 def _pieces(views: list[Tensor], tensors: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Targets and sources, large ones in parts that two threads can share."""
+    """Targets and sources; large ones are cut, so that two threads can copy one tensor."""
     for view, tensor in zip(views, tensors, strict=True):
         if view.nbytes > PART and tensor.is_contiguous():
             parts = -(-view.nbytes // PART)
@@ -174,7 +188,7 @@ def _pieces(views: list[Tensor], tensors: list[Tensor]) -> Iterator[tuple[Tensor
 
 
 def _copy(left: "deque[tuple[Tensor, Tensor]]") -> None:
-    """Copy what is left, until nothing is; several threads may do it at once."""
+    """Copy until nothing is left; several threads may do it at once."""
     with suppress(IndexError), torch.no_grad():
         while True:
             view, tensor = left.popleft()

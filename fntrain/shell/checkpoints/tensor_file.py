@@ -1,13 +1,14 @@
-"""One safetensors file, written straight from memory and read straight into it, and checksums of what is in it.
+"""safetensors files, written straight from memory and read straight into it, and checksums of their bytes.
 
-safetensors' own writer copies every tensor and does not fsync; its reader maps the file, so a disk error is a signal
-and not an exception. The format is eight bytes with the length of a JSON header, the header, the tensors.
+The library safetensors is not used here: its writer copies every tensor and does not fsync, and its reader maps the
+file, so a disk error would kill the process by a signal instead of raising an exception. The format: eight bytes with
+the length of a JSON header, the header, the tensors.
 """
 
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -16,10 +17,10 @@ from typing import Any
 import torch
 
 from fntrain.core.errors import CheckpointError
-from fntrain.shell.checkpoints.remote import Place, RemotePath
+from fntrain.shell.checkpoints.paths import AnyPath, RemotePath
 
 Buffer = bytes | bytearray | memoryview
-# torch's name -> dtype, and the format's name for it. What is not here can't be saved.
+# torch's name -> dtype, and the format's name for it. Other dtypes can't be saved.
 DTYPES = {
     str(dtype).removeprefix("torch."): (dtype, code)
     for dtype, code in {
@@ -45,7 +46,7 @@ DTYPES = {
         torch.bool: "BOOL",
     }.items()
 }
-PART = 1 << 24  # bytes under one checksum, so that several threads can check one tensor
+PART = 1 << 24  # bytes under one checksum: several threads can check one tensor
 _WRITE = 1 << 24  # bytes in one system call
 
 
@@ -79,7 +80,7 @@ def _crc32() -> Callable[[Buffer, int], int]:
     return known
 
 
-def header(tensors: Mapping[str, tuple[str, list[int]]], metadata: Mapping[str, str]) -> bytes:
+def header(tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
     """Return the beginning of a file whose tensors (name -> dtype, shape) follow without gaps, in this order.
 
     Example:
@@ -98,7 +99,7 @@ def header(tensors: Mapping[str, tuple[str, list[int]]], metadata: Mapping[str, 
     return len(text).to_bytes(8, "little") + text
 
 
-def nbytes(dtype: str, shape: list[int]) -> int:
+def nbytes(dtype: str, shape: Sequence[int]) -> int:
     """Return how many bytes a tensor takes; Python's integers do not overflow.
 
     Example:
@@ -112,12 +113,12 @@ def nbytes(dtype: str, shape: list[int]) -> int:
 
 
 class Writer:
-    """Writes one file; on the disk when the context is left. On an object store it is there only then."""
+    """Writes one local file, which is on the disk (fsync) when the context is left."""
 
-    def __init__(self, path: Place) -> None:
+    def __init__(self, path: AnyPath) -> None:
         self.path = path
         self.written = 0
-        self.file: Any = path.create() if isinstance(path, RemotePath) else path.open("wb", buffering=0)
+        self.file = self._created()
 
     def __enter__(self) -> "Writer":
         return self
@@ -127,28 +128,62 @@ class Writer:
         for group in grouped(_pieces(data), _WRITE):
             begin = self.written
             while group:
-                if isinstance(self.path, RemotePath):
-                    count = self.file.write(group[0])
-                else:
-                    count = os.writev(self.file.fileno(), group)
+                count = self._write_some(group)
                 self.written += count
                 while group and count >= group[0].nbytes:
                     count -= group.pop(0).nbytes
                 if group:
                     group[0] = group[0][count:]
-            if not isinstance(self.path, RemotePath) and hasattr(os, "posix_fadvise"):
-                # Writing back begins now and goes on beside the writing; otherwise it would begin with the fsync.
-                os.posix_fadvise(self.file.fileno(), begin, self.written - begin, os.POSIX_FADV_DONTNEED)
+            self._flush_soon(begin)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if isinstance(self.path, RemotePath):
-            self.path.finish(self.file, whole=kind is None)
-            return
         try:
             if kind is None:
                 os.fsync(self.file.fileno())
         finally:
             self.file.close()
+
+    def _created(self) -> Any:
+        return Path(self.path).open("wb", buffering=0)
+
+    def _write_some(self, group: list[memoryview]) -> int:
+        return os.writev(self.file.fileno(), group)
+
+    def _flush_soon(self, begin: int) -> None:
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            # The kernel begins to write to the disk now, while we go on; otherwise it would begin with the fsync.
+            os.posix_fadvise(self.file.fileno(), begin, self.written - begin, os.POSIX_FADV_DONTNEED)
+
+
+class RemoteWriter(Writer):
+    """Writes one file of another file system; on an object store it exists only once the context is left."""
+
+    path: RemotePath
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.path.finish(self.file, whole=kind is None)
+
+    def _created(self) -> Any:
+        return self.path.create()
+
+    def _write_some(self, group: list[memoryview]) -> int:
+        return int(self.file.write(group[0]))
+
+    def _flush_soon(self, begin: int) -> None:
+        """The file system sends blocks by itself."""
+
+
+def created(path: AnyPath) -> Writer:
+    """Create a file and return what writes it.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as directory, created(Path(directory, "file")) as out:
+      ...     out.write(b"abc", b"d")
+      ...     out.written
+      4
+    """
+    return RemoteWriter(path) if isinstance(path, RemotePath) else Writer(path)
 
 
 def grouped(views: Iterable[memoryview], size: int) -> Iterator[list[memoryview]]:
@@ -178,39 +213,65 @@ def _pieces(data: Iterable[Buffer]) -> Iterator[memoryview]:
 
 
 class Reader:
-    """Reads one file, from several threads.
+    """Reads one local file, from several threads.
 
     Raises:
       OSError: it can't be opened.
     """
 
-    def __init__(self, path: Place) -> None:
+    piece = 1 << 20  # bytes to read at once: they stay in the processor's cache while their checksum is computed
+
+    def __init__(self, path: AnyPath) -> None:
         self.path = path
-        self.descriptor: int | None = None
-        if isinstance(path, RemotePath):
-            self.bytes, self.piece = path.size(), PART
-        else:
-            self.descriptor = os.open(path, os.O_RDONLY)
-            self.bytes, self.piece = os.fstat(self.descriptor).st_size, 1 << 20  # stays in the processor's cache
+        self.bytes = self._opened()
 
     def __enter__(self) -> "Reader":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.descriptor is not None:
-            os.close(self.descriptor)
+        os.close(self.descriptor)
 
     def read_into(self, start: int, view: memoryview) -> None:
         """Fill the view with the bytes from `start` on; raises CheckpointError if the file ends before."""
         while view.nbytes:
-            if isinstance(self.path, RemotePath):
-                count = self.path.read_into(start, view)
-            else:
-                assert self.descriptor is not None
-                count = os.preadv(self.descriptor, [view], start)
+            count = self._read_some(start, view)
             if not count:
                 raise CheckpointError(f"{self.path}: ends at byte {start}: truncated")
             start, view = start + count, view[count:]
+
+    def _opened(self) -> int:
+        self.descriptor = os.open(self.path, os.O_RDONLY)
+        return os.fstat(self.descriptor).st_size
+
+    def _read_some(self, start: int, view: memoryview) -> int:
+        return os.preadv(self.descriptor, [view], start)
+
+
+class RemoteReader(Reader):
+    """Reads one file of another file system, from several threads."""
+
+    path: RemotePath
+    piece = PART  # each is a request
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is open between requests."""
+
+    def _opened(self) -> int:
+        return self.path.size()
+
+    def _read_some(self, start: int, view: memoryview) -> int:
+        return self.path.read_into(start, view)
+
+
+def opened(path: AnyPath) -> Reader:
+    """Open a file and return what reads it.
+
+    Example:
+      >>> opened(Path("no/such/file"))
+      Traceback (most recent call last):
+      FileNotFoundError: [Errno 2] No such file or directory: 'no/such/file'
+    """
+    return RemoteReader(path) if isinstance(path, RemotePath) else Reader(path)
 
 
 def fsync(path: Path) -> None:

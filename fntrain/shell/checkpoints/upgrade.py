@@ -1,7 +1,8 @@
-"""Manifests of past versions, brought to the form of this one; the tests keep a checkpoint of each.
+"""Converts manifests of past versions to the form of this one; the tests keep a checkpoint of each version.
 
-Schema 1 had one crc32 for a whole tensor, tensors in the order of the state, and of a file only its header's crc32.
-Schema 2 had no tensors that are split over ranks; a checkpoint without any is still written as one of it.
+Schema 1 had one crc32 for a whole tensor, listed the tensors in the order of the state, and kept of each file only the
+crc32 of its header. Schema 2 had no tensors that are split over ranks. A checkpoint without split tensors is still
+written as schema 2, so that older versions can read it.
 """
 
 import json
@@ -9,18 +10,18 @@ from collections.abc import Callable
 from typing import Any
 
 from fntrain.core.errors import CheckpointError
-from fntrain.shell.checkpoints.remote import Place
-from fntrain.shell.checkpoints.tensor_file import Reader, crc32
+from fntrain.shell.checkpoints.paths import AnyPath
+from fntrain.shell.checkpoints.tensor_file import crc32, opened
 
 SCHEMA = 3
 Manifest = dict[str, Any]
 
 
 class SchemaError(CheckpointError):
-    """The checkpoint is of a later version; it is not damaged, and must not be passed over."""
+    """The checkpoint is of a later version: it is not damaged, so an older one must not be resumed in its place."""
 
 
-def upgraded(manifest: Manifest, path: Place) -> Manifest:
+def upgraded(manifest: Manifest, path: AnyPath) -> Manifest:
     """Return the manifest of a checkpoint in the form of this version.
 
     Raises:
@@ -40,13 +41,13 @@ def upgraded(manifest: Manifest, path: Place) -> Manifest:
     return manifest
 
 
-def _from_1(manifest: Manifest, path: Place) -> Manifest:
+def _from_1(manifest: Manifest, path: AnyPath) -> Manifest:
     files = {}
     offsets: dict[tuple[str, str], int] = {}
     for file, expected in manifest["headers"].items():
         if file not in ("model.safetensors", "train.safetensors"):
             raise ValueError(f"file {file!r}")
-        with Reader(path / file) as reader:
+        with opened(path / file) as reader:
             length = bytearray(8)
             reader.read_into(0, memoryview(length))
             head = bytearray(8 + min(int.from_bytes(length, "little"), reader.bytes))
@@ -65,14 +66,14 @@ def _from_1(manifest: Manifest, path: Place) -> Manifest:
     )
     return manifest | {
         "schema": 2,
-        "part": 1 << 62,  # the whole tensor
+        "part": 1 << 62,  # one checksum for a whole tensor
         "files": files,
         "tensors": {leaf: tensors[leaf] for leaf in order},
     }
 
 
-def _from_2(manifest: Manifest, _path: Place) -> Manifest:
+def _from_2(manifest: Manifest, _path: AnyPath) -> Manifest:
     return manifest | {"schema": 3, "whole": {}}
 
 
-_UPGRADES: dict[int, Callable[[Manifest, Place], Manifest]] = {1: _from_1, 2: _from_2}
+_UPGRADES: dict[int, Callable[[Manifest, AnyPath], Manifest]] = {1: _from_1, 2: _from_2}

@@ -18,7 +18,8 @@ from torch import Tensor
 from fntrain.core import tree
 from fntrain.core.errors import CheckpointError
 from fntrain.core.state import TrainState, named_leaves
-from fntrain.shell.checkpoints.manifest import Contents, decoded
+from fntrain.shell.checkpoints.contents import Contents
+from fntrain.shell.checkpoints.structure import state_of
 
 _GROUPS = {"params": "model", "buffers": "model", "opt_state": "optimizer"}
 _STRUCTURE = "fntrain.state"  # a tensor of bytes: JSON of all that is no tensor
@@ -58,7 +59,7 @@ def to_dcp(state: TrainState, path: str | os.PathLike[str]) -> Path:
             content.setdefault(_GROUPS.get(field, field), {})[name] = value.detach()
     if (path / ".metadata").exists():
         raise CheckpointError(f"{path}: holds a checkpoint of torch.distributed already; give another directory")
-    with _told(path, "could not be written"):
+    with _as_checkpoint_error(path, "could not be written"):
         save(content, checkpoint_id=path, no_dist=state.run.ranks.world_size == 1)
     return path
 
@@ -93,7 +94,7 @@ def from_dcp(path: str | os.PathLike[str], prefix: str | None = None) -> TrainSt
     path = Path(path)
     if not (path / ".metadata").is_file():
         raise CheckpointError(f"{path / '.metadata'}: no such file; not a checkpoint of torch.distributed")
-    with _told(path, "is damaged or can't be read"):
+    with _as_checkpoint_error(path, "is damaged or can't be read"):
         listed = FileSystemReader(path).read_metadata().state_dict_metadata
         found: dict[str, Any] = {
             key: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -109,14 +110,14 @@ def from_dcp(path: str | os.PathLike[str], prefix: str | None = None) -> TrainSt
         load(found, checkpoint_id=path, no_dist=True)
     if prefix is not None:
         return {key.removeprefix(prefix): tensor for key, tensor in found.items()}
-    with _told(path, "is damaged"):
+    with _as_checkpoint_error(path, "is damaged"):
         structure = json.loads(bytes(tree.to_bytes(found[_STRUCTURE])))
     fields = {group: [field for field in _GROUPS if _GROUPS[field] == group] for group in _GROUPS.values()}
     leaves: dict[str, Tensor] = {}
     for key, tensor in found.items():
         group, _, name = key.partition(".")
         leaves |= {f"{field}.{name}": tensor for field in fields.get(group, [group])}
-    return decoded(path, {"state": structure}, leaves)
+    return state_of(structure, leaves, path=path, file=path / ".metadata")
 
 
 def _some(listed: Any) -> str:
@@ -125,7 +126,7 @@ def _some(listed: Any) -> str:
 
 
 @contextmanager
-def _told(path: Path, what: str) -> Iterator[None]:
+def _as_checkpoint_error(path: Path, what: str) -> Iterator[None]:
     """Whatever torch raises as a CheckpointError; without its warning that one process is one process."""
     from torch.distributed.checkpoint.api import CheckpointException  # no Exception
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from fntrain.core import tree
 from fntrain.core.errors import CheckpointError
-from fntrain.shell.checkpoints.manifest import MANIFEST, read_model
-from fntrain.shell.checkpoints.remote import RemotePath, place
+from fntrain.shell.checkpoints.manifest import MANIFEST
+from fntrain.shell.checkpoints.paths import RemotePath, path_of
+from fntrain.shell.checkpoints.reading import read_model
 from fntrain.shell.checkpoints.save_load import checkpoints
 from fntrain.shell.checkpoints.tensor_file import fsync
 
@@ -42,7 +43,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
       Traceback (most recent call last):
       fntrain.CheckpointError: no/such.safetensors: no such file
     """
-    given = place(path)
+    given = path_of(path)
     if (given / MANIFEST).exists():
         return read_model(given)
     if isinstance(given, RemotePath):

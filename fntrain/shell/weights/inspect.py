@@ -15,9 +15,10 @@ from fntrain.core import tree
 from fntrain.core.errors import CheckpointError
 from fntrain.core.state import named_leaves
 from fntrain.core.tree import Leaf
-from fntrain.shell.checkpoints.directory import readable
-from fntrain.shell.checkpoints.manifest import MANIFEST, check_files
-from fntrain.shell.checkpoints.remote import Place, place
+from fntrain.shell.checkpoints.commit import store_at
+from fntrain.shell.checkpoints.manifest import MANIFEST
+from fntrain.shell.checkpoints.paths import AnyPath, path_of
+from fntrain.shell.checkpoints.reading import check
 from fntrain.shell.checkpoints.save_load import latest, load
 from fntrain.shell.weights.files import read_weights
 
@@ -73,7 +74,7 @@ class LeafDifference:
 class Verdict:
     """Whether a checkpoint is whole; `problem` is None if every byte of it is as it was written."""
 
-    path: Place
+    path: AnyPath
     problem: str | None = None
 
 
@@ -128,35 +129,35 @@ def verify(directory: str | os.PathLike[str]) -> tuple[Verdict, ...]:
       ...     [verdict.problem for verdict in verify(directory)]
       [None]
     """
-    root = place(directory)
-    found = [root] if _is_checkpoint(root) else readable(root)
+    root = path_of(directory)
+    found = [root] if _is_checkpoint(root) else store_at(root).claimed()
     if not found:
         raise CheckpointError(f"{root}: " + ("holds no checkpoints" if root.is_dir() else "no such directory"))
     return tuple(Verdict(path=path, problem=_problem(path)) for path in found)
 
 
-def source(path: str | os.PathLike[str]) -> Place:
+def source(path: str | os.PathLike[str]) -> AnyPath:
     """Return what a path stands for: the newest checkpoint of a directory of them, anything else as it is.
 
     Example:
       >>> source("model.safetensors").name
       'model.safetensors'
     """
-    found = place(path)
+    found = path_of(path)
     return found if _is_checkpoint(found) else latest(found) or found
 
 
-def _is_checkpoint(path: Place) -> bool:
+def _is_checkpoint(path: AnyPath) -> bool:
     return (path / MANIFEST).exists()
 
 
-def _leaves(path: Place) -> dict[str, Leaf]:
+def _leaves(path: AnyPath) -> dict[str, Leaf]:
     return dict(named_leaves(load(path))) if _is_checkpoint(path) else dict(read_weights(path))
 
 
-def _problem(path: Place) -> str | None:
+def _problem(path: AnyPath) -> str | None:
     try:
-        check_files(path)
+        check(path)
     except CheckpointError as error:
         return str(error)
     return None

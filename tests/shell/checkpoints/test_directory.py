@@ -14,8 +14,9 @@ import torch
 
 import fntrain as ft
 from fntrain import CheckpointError, TrainState
-from fntrain.shell.checkpoints import directory, saver
-from fntrain.shell.checkpoints.directory import writing
+from fntrain.shell.checkpoints import local, saver, store
+from fntrain.shell.checkpoints.local import LocalStore
+from fntrain.shell.checkpoints.save_load import checkpoints
 
 FORKS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -35,7 +36,7 @@ def runs(root, *hooks, step_fn=step_fn, max_steps=4, every=2, **options):
 
 def steps(root):
     """The steps in view, newest first."""
-    return [directory.step_of(path) for path in directory.complete(root)]
+    return [store.step_of(path) for path in checkpoints(root)]
 
 
 def is_free(root):
@@ -58,7 +59,7 @@ def holder(root, then=lambda: None):
     pid = os.fork()
     if not pid:
         try:
-            with writing(root, alone=True):
+            with LocalStore(root).hold(alone=True):
                 os.write(write, b"%d\n" % (then() or 0))
                 signal.pause()
         finally:
@@ -145,7 +146,7 @@ def test_law_children_can_fail(tmp_path):
     """A child that keeps its copy of the descriptor is found out."""
 
     def forgetful():
-        directory._held.clear()
+        local._held.clear()
         return asleep()
 
     with pytest.raises(CheckpointError, match="another process"):
@@ -155,7 +156,7 @@ def test_law_children_can_fail(tmp_path):
 @FORKS
 def test_a_child_has_to_take_the_lock_itself(tmp_path):
     """What a parent holds is not held by its children: a forked child that saves there is refused."""
-    with writing(tmp_path):
+    with LocalStore(tmp_path).hold():
         pid = os.fork()
         if not pid:
             try:
@@ -242,7 +243,7 @@ def test_one_step_saved_by_hand_and_by_the_run_at_once(tmp_path, monkeypatch):
 
 def test_law_one_step_twice_can_fail(tmp_path, monkeypatch):
     """Threads that do not take turns are refused."""
-    monkeypatch.setattr(directory, "_turn", nullcontext())
+    monkeypatch.setattr(store, "_turn", nullcontext())
     with pytest.raises(CheckpointError, match="step_00000002"):
         law_one_step_twice(tmp_path, monkeypatch)
 
@@ -284,7 +285,7 @@ def test_the_lock_is_let_go_of_after_fit(tmp_path):
     """While a run goes on the directory is held, from before its first step; then it is free."""
     for state in runs(tmp_path):
         assert is_free(tmp_path) == (state.step == 4)  # the last state comes out after everything is closed
-    assert directory._held == {}
+    assert local._held == {}
 
 
 def test_the_lock_is_let_go_of_after_an_error(tmp_path):

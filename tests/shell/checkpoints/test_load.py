@@ -9,6 +9,7 @@ from cases import batches, make, same, square_loss
 
 import fntrain as ft
 from fntrain import CheckpointError, TrainState
+from fntrain.shell.checkpoints import reading, save_load
 
 LOADS = {
     "load": lambda root, verify: ft.load(root / "step_00000002", verify=verify),
@@ -258,6 +259,80 @@ def test_a_checkpoint_of_the_cpu_is_resumed_on_a_gpu(tmp_path, read):
         resumed = ft.resume_or(start, tmp_path) if read == "resume_or" else ft.load(path, into=start)
         results.append(ft.digest(ft.fit(step, state=resumed, data=iter(data[1:]), max_steps=4)))
     assert results[0] == results[1]
+
+
+def trained(root, steps=2):
+    """Checkpoints of two steps of an MLP, and a fresh state on the memory of another one."""
+    pure = ft.supervised_step(make("mlp"), square_loss, adam())
+    hook = ft.hooks.checkpoint(root, every=1)
+    ft.fit(pure, hook, state=ft.init_state(pure.model, adam()), data=iter(batches("mlp", 2)), max_steps=steps)
+    return ft.init_state(make("mlp"), adam())
+
+
+def test_resume_reads_straight_into_the_modules_memory(tmp_path, monkeypatch):
+    """No memory is taken for a second copy of parameters and buffers, only for what the model does not have."""
+    state, empty, taken = trained(tmp_path), reading._empty, []
+
+    def noted(shape, dtype, device):
+        if device == "cpu":
+            taken.append(shape)
+        return empty(shape, dtype, device)
+
+    monkeypatch.setattr(reading, "_empty", noted)
+    shapes = sorted(tuple(param.shape) for param in state.params.values())
+    resumed = ft.resume_or(state, tmp_path)
+    assert resumed.step == 2
+    moments = sorted(shape for shape in taken if shape)  # the optimizer's counters have no dimension
+    assert moments == sorted(2 * shapes)
+    taken.clear()
+    ft.resume_or(ft.snapshot(resumed), tmp_path)  # on memory of its own
+    assert sorted(shape for shape in taken if shape) == sorted(3 * shapes)
+
+
+def law_unharmed(root, state):
+    """Whatever is damaged, the state given is as it was, and may still be used."""
+    before = ft.digest(state)
+    file = root / "step_00000002" / "train.safetensors"  # read after the model's
+    raw = file.read_bytes()
+    for at in (-1, len(raw) // 2):
+        flip(file, at)
+        with pytest.raises(CheckpointError, match="damaged"):
+            ft.resume_or(state, root)
+        assert ft.digest(state) == before
+        file.write_bytes(raw)
+    assert ft.resume_or(state, root).step == 2
+
+
+def test_a_damaged_checkpoint_leaves_the_state_given_as_it_was(tmp_path):
+    """Nothing of the module's memory is written over before all is found intact."""
+    state = trained(tmp_path)
+    shutil.rmtree(tmp_path / "step_00000001")
+    law_unharmed(tmp_path, state)
+
+
+def test_law_unharmed_can_fail(tmp_path, monkeypatch):
+    """Reading over the memory without a check before is refused."""
+    state, check = trained(tmp_path), save_load.check
+    shutil.rmtree(tmp_path / "step_00000001")
+    monkeypatch.setattr(save_load, "check", lambda path, verify: check(path, verify="structure"))
+    with pytest.raises(ft.StateConsumedError, match=r"ft\.resume_or"):
+        law_unharmed(tmp_path, state)
+
+
+def test_a_checkpoint_that_is_damaged_between_check_and_reading_says_what_is_lost(tmp_path, monkeypatch):
+    """It can't be helped then: the error says so, and the state that it is consumed."""
+    state, check = trained(tmp_path), save_load.check
+
+    def and_flip(path, verify):
+        found = check(path, verify=verify)
+        flip(path / "model.safetensors", -1)
+        return found
+
+    monkeypatch.setattr(save_load, "check", and_flip)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*damaged.*the state given has lost its values"):
+        ft.resume_or(state, tmp_path)
+    with pytest.raises(ft.StateConsumedError):
+        state.params["any"]
 
 
 def test_resume_from_nothing_or_another_job_consumes_nothing(tmp_path):

@@ -15,9 +15,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 import fntrain as ft
 from fntrain import CheckpointError, TrainState
 from fntrain.__main__ import main
-from fntrain.shell.checkpoints import directory, tensor_file
-from fntrain.shell.checkpoints.remote import RemotePath, place
+from fntrain.shell.checkpoints import tensor_file
+from fntrain.shell.checkpoints.objects import ObjectStore
+from fntrain.shell.checkpoints.paths import RemotePath, path_of
 from fntrain.shell.checkpoints.save_load import checkpoints
+from fntrain.shell.checkpoints.store import name_of
 from fntrain.shell.weights import inspect
 
 NUMBERS = itertools.count()
@@ -66,11 +68,11 @@ def step_fn(state, batch):
 
 
 def names(root):
-    return sorted(path.name for path in place(root).iterdir())
+    return sorted(path.name for path in path_of(root).iterdir())
 
 
 def files(root, step):
-    return sorted(path.name for path in (place(root) / directory.name_of(step)).iterdir())
+    return sorted(path.name for path in (path_of(root) / name_of(step)).iterdir())
 
 
 def flip(path, place):
@@ -89,10 +91,10 @@ def test_what_is_saved_is_loaded(root):
     assert ft.resume_or(state := make_state(), root) is state
     for step in (1, 10, 2):
         path = ft.save(make_state(step), root)
-        assert path == place(root) / f"step_{step:08d}"
+        assert path == path_of(root) / f"step_{step:08d}"
         assert ft.load(str(path)) == ft.load(path) == ft.load(path, verify="structure") == make_state(step)
     assert [one.name for one in checkpoints(root)] == ["step_00000010", "step_00000002", "step_00000001"]
-    assert ft.latest(root, verify="full") == ft.latest(root) == place(root) / "step_00000010"
+    assert ft.latest(root, verify="full") == ft.latest(root) == path_of(root) / "step_00000010"
     assert ft.resume_or(make_state(), root) == make_state(10)
     assert files(root, 1) == ["model.safetensors", "state.json", "train.safetensors"]
     into = make_state()
@@ -132,7 +134,7 @@ def test_the_command_line_takes_urls(root, tmp_path, capsys):
     assert capsys.readouterr().out == "step_00000002: intact\nstep_00000001: intact\n"
     assert main(["inspect", root]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{place(root)}/step_00000002\n")
+    assert out.startswith(f"{path_of(root)}/step_00000002\n")
     assert "params.fc.weight" in out
     assert main(["diff", f"{root}/step_00000001", root]) == 1
     assert main(["diff", f"{root}/step_00000002", root]) == 0
@@ -169,7 +171,7 @@ def test_damage_is_found(root, caplog, name):
 
 def test_what_another_process_wrote_is_seen(s3):
     """Listings are not remembered: a file system of s3fs of its own stands for the other process."""
-    root = place(f"s3://bucket/{next(NUMBERS)}/runs")
+    root = path_of(f"s3://bucket/{next(NUMBERS)}/runs")
     ft.save(make_state(1), root)
     assert ft.latest(root).name == "step_00000001"
     other = RemotePath(type(root.fs)(**s3, skip_instance_cache=True), root.url)
@@ -177,7 +179,7 @@ def test_what_another_process_wrote_is_seen(s3):
     assert ft.latest(root).name == "step_00000002"
     ft.save(make_state(2, extra={}), other)
     assert ft.load(ft.latest(root)) == make_state(2, extra={})
-    directory.remove(other / "step_00000002")
+    ObjectStore(other).remove(other / "step_00000002")
     assert ft.resume_or(make_state(), root) == make_state(1)
 
 
@@ -233,7 +235,7 @@ def in_view(root):
 @pytest.mark.parametrize("step", [2, 3])
 def test_an_upload_that_fails_anywhere_is_not_seen(root, monkeypatch, step):
     """The manifest comes last: until it is there the old checkpoint of a step is, then the new one; rests are cleaned."""
-    new, name = small(step, new=1), directory.name_of(step)
+    new, name = small(step, new=1), name_of(step)
     with monkeypatch.context() as patch:
         seams = Seams(patch)
         for number in itertools.count(1):
@@ -248,7 +250,7 @@ def test_an_upload_that_fails_anywhere_is_not_seen(root, monkeypatch, step):
             except (CheckpointError, Killed) as error:
                 raised = error
             committed, seams.at = "state.json" in seams.calls[: number - 1], 0
-            expected = {directory.name_of(old): small(old) for old in (1, 2)} | ({name: new} if committed else {})
+            expected = {name_of(old): small(old) for old in (1, 2)} | ({name: new} if committed else {})
             assert in_view(top) == expected, number
             assert ft.latest(top).name == max(expected)
             assert [one.problem for one in inspect.verify(top)] == [None] * len(expected)
@@ -280,14 +282,14 @@ def test_the_manifest_is_written_last(root, monkeypatch):
 
 def test_an_upload_that_fails_leaves_no_part_of_a_file(s3, monkeypatch):
     """On an object store a file whose writing failed does not come to be, not even when it is collected."""
-    root = place(f"s3://bucket/{next(NUMBERS)}")
-    with suppress(ZeroDivisionError), tensor_file.Writer(root / "file") as out:
+    root = path_of(f"s3://bucket/{next(NUMBERS)}")
+    with suppress(ZeroDivisionError), tensor_file.created(root / "file") as out:
         out.write(bytes(6 << 20))  # a part of several
         raise ZeroDivisionError
     del out
     gc.collect()
     assert not (root / "file").exists()
-    with tensor_file.Writer(root / "file") as out:
+    with tensor_file.created(root / "file") as out:
         out.write(bytes(6 << 20))
         out.write(b"end")
     assert (root / "file").size() == (6 << 20) + 3
@@ -316,12 +318,12 @@ def test_what_is_put_aside_stays_out_of_the_way(root, caplog):
             hook = ft.hooks.checkpoint(root, every=1, keep_last=1)
             ft.fit(step_fn, hook, state=start, data=iter(range(9)), max_steps=step)
         assert ("put a damaged checkpoint aside" in caplog.text) == (step == 2)
-        assert [one.name for one in checkpoints(root)] == [directory.name_of(step)]
+        assert [one.name for one in checkpoints(root)] == [name_of(step)]
         assert (path / "model.safetensors").read_bytes() == raw
     assert files(root, 5) == ["damaged-state.json", "model.safetensors", "train.safetensors"]
     hook = ft.hooks.checkpoint(root, every=1)
     ft.fit(step_fn, hook, state=ft.resume_or(make_state(), root), data=iter(range(9)), max_steps=6)
-    assert [one.name for one in checkpoints(root)] == [directory.name_of(step) for step in (6, 5, 4, 3)]
+    assert [one.name for one in checkpoints(root)] == [name_of(step) for step in (6, 5, 4, 3)]
 
 
 def test_a_run_beside_a_later_one_is_refused(root):
@@ -346,11 +348,11 @@ def test_a_single_checkpoint_is_no_directory_of_them(root):
 
 def test_paths_of_either_kind(tmp_path):
     """A path is local, and so is a file:// URL, with its lock and its renaming; other URLs are fsspec's."""
-    assert place("runs") == Path("runs")
-    assert place(tmp_path) is tmp_path or place(tmp_path) == tmp_path
-    assert place(f"file://{tmp_path}/runs") == tmp_path / "runs"
-    assert isinstance(place("memory://runs"), RemotePath)
-    assert place(place("memory://runs")) == place("memory://runs") == place("memory://runs/")
+    assert path_of("runs") == Path("runs")
+    assert path_of(tmp_path) is tmp_path or path_of(tmp_path) == tmp_path
+    assert path_of(f"file://{tmp_path}/runs") == tmp_path / "runs"
+    assert isinstance(path_of("memory://runs"), RemotePath)
+    assert path_of(path_of("memory://runs")) == path_of("memory://runs") == path_of("memory://runs/")
     path = ft.save(make_state(1), f"file://{tmp_path}/runs")
     assert type(path) is PosixPath
     assert (tmp_path / "runs" / ".lock").exists()

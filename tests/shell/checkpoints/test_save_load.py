@@ -22,8 +22,10 @@ from torch import nn
 
 import fntrain as ft
 from fntrain import CheckpointError, TrainState
-from fntrain.shell.checkpoints import directory, tensor_file
 from fntrain.shell.checkpoints import save_load as files
+from fntrain.shell.checkpoints import tensor_file
+from fntrain.shell.checkpoints.commit import retain, store_at
+from fntrain.shell.checkpoints.store import step_of
 
 NAMES = ("model.safetensors", "train.safetensors", "state.json")
 DTYPES = [
@@ -94,7 +96,7 @@ def names(root):
 
 def steps(root):
     """The steps in view, newest first."""
-    return [directory.step_of(path) for path in files.checkpoints(root)]
+    return [step_of(path) for path in files.checkpoints(root)]
 
 
 def assert_same_layouts(a, b):
@@ -420,7 +422,7 @@ def test_retention_counts_only_what_is_complete(pair, tmp_path):
     """A newer directory without a manifest does not make retention delete the last whole checkpoint."""
     shutil.copytree(pair, tmp_path, dirs_exist_ok=True)
     (tmp_path / "step_00000009").mkdir()
-    directory.retain(tmp_path, 2, lambda steps: steps[:1])
+    retain(store_at(tmp_path), 2, lambda steps: steps[:1])
     assert ft.resume_or(fresh(), tmp_path) == SAVED_2
 
 
@@ -597,18 +599,18 @@ def law_atomic(save, parent, monkeypatch, new, seams=SEAMS):
                     failed = True
             expected = {make.step: [ft.digest(make)] for make in old}
             expected.setdefault(new.step, []).append(ft.digest(new))
-            found = {directory.step_of(path): ft.digest(files.load(path)) for path in files.checkpoints(root)}
+            found = {step_of(path): ft.digest(files.load(path)) for path in files.checkpoints(root)}
             assert found.keys() >= {1, 2}, (seam, k)
             assert all(digest in expected[step] for step, digest in found.items()), (seam, k)
             newest = ft.latest(root)
             assert newest is not None
-            assert directory.step_of(newest) == max(found)
+            assert step_of(newest) == max(found)
             if not failed:
                 assert found[new.step] == ft.digest(new)
             if counted.left > 0:
                 break
             assert k < 50
-            directory.clean(root)
+            store_at(root).clean()
             assert not list(root.glob(".partial-*"))
         assert k > 1, f"{seam} was never called"
 
@@ -700,7 +702,7 @@ def test_retention_deletes_a_left_old_checkpoint_with_its_step(tmp_path):
     shutil.copytree(path, path.with_name(path.name + ".old"))
     for step in (2, 3):
         files.save(make_state(step), tmp_path)
-    directory.retain(tmp_path, 3, lambda steps: steps[:2])
+    retain(store_at(tmp_path), 3, lambda steps: steps[:2])
     assert steps(tmp_path) == [3, 2]
 
 
@@ -797,13 +799,13 @@ def test_periods_must_be_positive(tmp_path, every, keep_last):
 KILLED = """
     import json, os, signal, sys, time, torch
     import fntrain as ft
-    from fntrain.shell.checkpoint import checkpoints
+    from fntrain.shell.checkpoints.save_load import checkpoints
 
     directory, kills = sys.argv[1], int(sys.argv[2])
     if sys.argv[3:]:
         sys.path.insert(0, sys.argv[3])
         import broken_io
-        from fntrain.shell import saver
+        from fntrain.shell.checkpoints import saver
         saver.commit = broken_io.commit_in_place
     torch.set_num_threads(1)
 

@@ -13,8 +13,11 @@ import torch
 import fntrain as ft
 from fntrain import CheckpointError, TrainState
 from fntrain.core import tree
-from fntrain.shell.checkpoints import directory, saver, tensor_file
+from fntrain.shell.checkpoints import local, saver, tensor_file
+from fntrain.shell.checkpoints.local import LocalStore
+from fntrain.shell.checkpoints.save_load import checkpoints
 from fntrain.shell.checkpoints.saver import HostBuffers, Saver
+from fntrain.shell.checkpoints.store import name_of, step_of
 
 
 def fresh(size=3):
@@ -38,7 +41,7 @@ def runs(root, *, step_fn=pure_step, max_steps=6, every=2, state=None, **options
 
 def steps(root):
     """The steps in view, newest first."""
-    return [directory.step_of(path) for path in directory.complete(root)]
+    return [step_of(path) for path in checkpoints(root)]
 
 
 def threads():
@@ -64,11 +67,11 @@ class Held:
         self.commit, self.begun, self.go, self.order = saver.commit, threading.Event(), threading.Event(), []
         monkeypatch.setattr(saver, "commit", self)
 
-    def __call__(self, root, contents, tensors):
+    def __call__(self, store, contents, tensors):
         self.begun.set()
         assert self.go.wait(60)
-        path = self.commit(root, contents, tensors)
-        self.order.append(f"{root.name}/{path.name}")
+        path = self.commit(store, contents, tensors)
+        self.order.append(f"{store.root.name}/{path.name}")
         return path
 
 
@@ -88,7 +91,7 @@ def law_moment(root, held):
             held.go.set()
     assert steps(root) == [6, 4, 2]
     for step in (2, 4, 6):
-        assert ft.load(root / directory.name_of(step)).params["w"].tolist() == [step] * 3
+        assert ft.load(root / name_of(step)).params["w"].tolist() == [step] * 3
 
 
 def test_a_saved_file_has_the_values_of_the_moment(tmp_path, held):
@@ -116,7 +119,7 @@ def test_every_dtype_is_saved_in_the_background_too(tmp_path, dtype, asynchronou
         tensors["transposed"] = value.view(-1, 3).t()
     state = TrainState(step=1, position=1, seed=0, params={"w": torch.ones(1)}, extra=tensors)
     with Saver(tmp_path, asynchronous=asynchronous) as one:
-        one.save(state, lambda: None)
+        one.save(state)
     assert ft.load(tmp_path / "step_00000001") == state
 
 
@@ -130,7 +133,7 @@ def test_large_tensors_are_copied_in_parts(tmp_path, threads):
     torch.set_num_threads(threads)
     try:
         with Saver(tmp_path) as one:
-            one.save(state, lambda: None)
+            one.save(state)
     finally:
         torch.set_num_threads(before)
     assert ft.load(tmp_path / "step_00000001") == state
@@ -142,12 +145,12 @@ def test_host_memory_is_made_once(tmp_path):
         places = []
         for step, size in enumerate([40, 40, 40, 10, 4000, 4000]):
             state = TrainState(step=step, position=step, seed=0, params={"w": torch.full((size,), float(step))})
-            one.save(state, lambda: None)
+            one.save(state)
             assert one.buffers.views[0].shape == (size,)
             places.append(one.buffers.memory.data_ptr())
     assert len(set(places[:4])) == 1  # a smaller state fits
     assert places[4] == places[5]
-    for step, path in enumerate(reversed(directory.complete(tmp_path))):
+    for step, path in enumerate(reversed(checkpoints(tmp_path))):
         assert set(ft.load(path).params["w"].tolist()) == {step}
 
 
@@ -185,10 +188,10 @@ def test_no_batch_is_kept(tmp_path):
 
 def law_one_at_a_time(root, held):
     with Saver(root) as one:
-        one.save(fresh(), lambda: held.order.append("then"))
+        one.save(fresh(), lambda steps: held.order.append("then") or steps)
 
         def second():
-            one.save(pure_step(fresh(), None), lambda: None)
+            one.save(pure_step(fresh(), None))
             held.order.append("second is under way")
 
         helper = threading.Thread(target=second)
@@ -220,8 +223,8 @@ def test_law_one_at_a_time_can_fail(tmp_path, held, monkeypatch):
 
 def law_order_of_two(root, held):
     with Saver(root / "best") as best, Saver(root / "runs") as periodic:
-        best.save(fresh(), lambda: None)
-        periodic.save(fresh(), lambda: None)
+        best.save(fresh())
+        periodic.save(fresh())
         assert held.begun.wait(60)
         done, _ = concurrent.futures.wait([periodic.pending], timeout=0.2)  # a chance to go wrong
         in_view = steps(root / "runs")
@@ -241,7 +244,7 @@ def test_law_order_of_two_can_fail(tmp_path, monkeypatch):
     held, commit = Held(monkeypatch), saver.commit
     monkeypatch.setattr(saver, "_open", set())
     monkeypatch.setattr(
-        saver, "commit", lambda root, *rest: (held.commit if root.name == "runs" else commit)(root, *rest)
+        saver, "commit", lambda store, *rest: (held.commit if store.root.name == "runs" else commit)(store, *rest)
     )
     monkeypatch.setattr(Saver, "__enter__", _without_the_others(Saver.__enter__))
     with pytest.raises(AssertionError):
@@ -261,16 +264,16 @@ def test_an_earlier_save_that_fails_does_not_hold_up_the_later(tmp_path, monkeyp
     """The other hook's checkpoint is written all the same, and the error is told."""
     commit = saver.commit
 
-    def failing(root, *rest):
-        if root.name == "best":
-            raise CheckpointError(f"{root}: no")
-        return commit(root, *rest)
+    def failing(store, *rest):
+        if store.root.name == "best":
+            raise CheckpointError(f"{store.root}: no")
+        return commit(store, *rest)
 
     monkeypatch.setattr(saver, "commit", failing)
     with ExitStack() as stack:
         best, two = (stack.enter_context(Saver(tmp_path / name)) for name in ("best", "runs"))
-        best.save(fresh(), lambda: None)
-        two.save(fresh(), lambda: None)
+        best.save(fresh())
+        two.save(fresh())
         two.wait()
         with pytest.raises(CheckpointError, match="best: no"):
             best.wait()
@@ -327,10 +330,10 @@ def test_an_error_of_the_last_save_is_told_at_the_end(tmp_path, monkeypatch, slo
 def test_an_error_of_deleting_is_told_too(tmp_path, monkeypatch):
     """What goes wrong after the commit is raised as well; the checkpoint is there."""
 
-    def failing(path):
+    def failing(self, path):
         raise CheckpointError(f"{path}: can't be deleted")
 
-    monkeypatch.setattr(directory, "remove", failing)
+    monkeypatch.setattr(LocalStore, "remove", failing)
     with pytest.raises(CheckpointError, match="step_00000002: can't be deleted"):
         list(runs(tmp_path, every=2, max_steps=4, keep_last=1))
     assert steps(tmp_path) == [4, 2]
@@ -378,7 +381,7 @@ def test_a_save_under_way_is_committed_whatever_ends_the_run(tmp_path, slow, err
         list(runs(tmp_path, step_fn=step_fn, asynchronous=asynchronous))
     assert steps(tmp_path) == [2]
     assert threads() == []
-    assert directory._held == {}
+    assert local._held == {}
 
 
 def test_a_save_under_way_is_committed_when_the_loop_is_left(tmp_path, slow):

@@ -23,10 +23,11 @@ import fntrain as ft
 from fntrain import CheckpointError
 from fntrain.__main__ import main
 from fntrain.core import tree
-from fntrain.shell.checkpoints import directory as shell
-from fntrain.shell.checkpoints.directory import candidates, writing
-from fntrain.shell.checkpoints.manifest import read_model
+from fntrain.shell.checkpoints import commit, saver
+from fntrain.shell.checkpoints.local import LocalStore
+from fntrain.shell.checkpoints.reading import read_model
 from fntrain.shell.checkpoints.save_load import checkpoints
+from fntrain.shell.checkpoints.store import entries
 
 
 def parts(strategy, optimizer=None, **options):
@@ -234,7 +235,7 @@ def refused(directory, until=2):
 
 def test_a_directory_in_use_is_refused_on_all_ranks(ranks, tmp_path):
     """With the lock's message, at the start; the ranks are none the worse for it."""
-    with writing(tmp_path):
+    with LocalStore(tmp_path).hold():
         for told in ranks(2)(functools.partial(refused, tmp_path)):
             assert "rank 0" in told
             assert "another process writes its checkpoints there" in told
@@ -255,21 +256,22 @@ def from_the_start(directory):
     return str(told.value)
 
 
-FAILING = {"write_tensors": 1, "write_manifest": 0, "retain": 0}
+FAILING = {"write_tensors": 1, "publish": 0, "retain": 0}
+OWNERS = {"write_tensors": commit, "publish": LocalStore, "retain": saver}
 
 
 def failing(directory, what, asynchronous):
     """One rank's part of a save fails, from step 4 on."""
-    module = sys.modules["fntrain.hooks.checkpoint"] if what == "retain" else shell
-    original = getattr(module, what)
+    owner = OWNERS[what]
+    original = getattr(owner, what)
 
     def fails(*args, **kwargs):
-        if (args[1] if what == "retain" else args[0].step) < 4:
+        if {"write_tensors": lambda: args[0].step, "publish": lambda: args[2], "retain": lambda: args[1]}[what]() < 4:
             return original(*args, **kwargs)
         raise OSError("No space left on device") if what != "retain" else CheckpointError("No space left on device")
 
     if ft.shell.ranks().rank == FAILING[what]:
-        setattr(module, what, fails)
+        setattr(owner, what, fails)
     step_fn, state, data = parts("fsdp")
     saving = ft.hooks.checkpoint(directory, every=1, keep_last=3, asynchronous=asynchronous)
     try:
@@ -277,7 +279,7 @@ def failing(directory, what, asynchronous):
     except CheckpointError as error:
         return str(error)
     finally:
-        setattr(module, what, original)
+        setattr(owner, what, original)
     return None
 
 
@@ -289,7 +291,7 @@ def test_trouble_of_one_rank_is_an_error_on_all(ranks, tmp_path, what, asynchron
         assert f"rank {FAILING[what]}: No space left" in told
     assert not list(tmp_path.glob(".partial-*"))
     steps = [1, 2, 3, 4] if what == "retain" else [1, 2, 3]
-    found = sorted(candidates(tmp_path))
+    found = sorted(entries(LocalStore(tmp_path)))
     assert [ft.load(path).step for path in found] == steps
 
 
@@ -609,15 +611,14 @@ def test_every_kind_of_leaf_goes_through_the_format_of_torch(tmp_path):
 @contextlib.contextmanager
 def small_sums(size):
     """One checksum for so many bytes, so that rows of several ranks lie under one."""
-    from fntrain.shell.checkpoints import manifest as files
-    from fntrain.shell.checkpoints import tensor_file
+    from fntrain.shell.checkpoints import manifest, reading, tensor_file, writing
 
-    before = files.PART
-    files.PART = tensor_file.PART = size
+    before = tensor_file.PART
+    manifest.PART = reading.PART = tensor_file.PART = writing.PART = size
     try:
         yield
     finally:
-        files.PART = tensor_file.PART = before
+        manifest.PART = reading.PART = tensor_file.PART = writing.PART = before
 
 
 def resumed_in_parts(directory, size=1 << 24):

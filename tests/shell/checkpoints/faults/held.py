@@ -11,7 +11,7 @@ from killed import ended, forked
 
 import fntrain as ft
 from fntrain import CheckpointError
-from fntrain.shell.checkpoints.directory import writing
+from fntrain.shell.checkpoints.local import LocalStore
 from fntrain.shell.checkpoints.save_load import checkpoints
 
 
@@ -75,7 +75,7 @@ def forked_while_saving(root):
     finally:
         os.fsync = fsync
     assert [ft.load(path) for path in checkpoints(root)] == [state(3), state(2), state(1)]
-    with writing(root):  # in this process
+    with LocalStore(root).hold():  # in this process
         pass
     assert ended(forked(lambda: run(root, 4)))  # and another: the child that lives on holds nothing
     os.kill(children[1], signal.SIGKILL)

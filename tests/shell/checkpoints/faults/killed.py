@@ -12,16 +12,18 @@ import random
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
 import fntrain as ft
-from fntrain.shell.checkpoints import directory as shell
-from fntrain.shell.checkpoints.directory import candidates, name_of, step_of
-from fntrain.shell.checkpoints.manifest import write_files
+from fntrain.shell.checkpoints import saver
+from fntrain.shell.checkpoints.local import LocalStore
+from fntrain.shell.checkpoints.manifest import MANIFEST
 from fntrain.shell.checkpoints.save_load import checkpoints
+from fntrain.shell.checkpoints.store import Attempt, entries, name_of, step_of
 
 FOREVER = 10**6
 TOUCHING = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
@@ -106,11 +108,11 @@ def law_whole(root, newest):
     """All that is in view is whole, nothing is lost, leftovers do not pile up; returns the newest step of the run."""
     found = {}
     for directory in (root / "runs", root / "best"):
-        for path in candidates(directory):
+        for path in entries(LocalStore(directory)):
             assert ft.load(path).step == step_of(path)
         if directory.is_dir():
             assert len([name for name in names(directory) if name.startswith(".partial-")]) <= 1, names(directory)
-        found[directory.name] = max(map(step_of, candidates(directory)), default=0)
+        found[directory.name] = max(map(step_of, entries(LocalStore(directory))), default=0)
     assert found["runs"] >= newest, f"step {newest} was there, now the newest is {found['runs']}"
     return found["runs"]
 
@@ -160,15 +162,22 @@ def law_killed(variant, root, kills, seed):
     return steps
 
 
-def write_in_view(target, contents, data):
+class InView(LocalStore):
     """The broken twin: straight into the directory that others read."""
-    target.mkdir()
-    write_files(contents, data, target)
+
+    @contextmanager
+    def attempt(self, step, *, shared):
+        with self.hold():
+            (self.root / name_of(step)).mkdir()
+            yield Attempt(name_of(step), "")
+
+    def publish(self, attempt, step, manifest):
+        (self.root / attempt.directory / MANIFEST).write_bytes(manifest)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     where, variants, number, seed = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3]), int(sys.argv[4])
     if variants == ["broken"]:
-        shell._write_aside = write_in_view
+        saver.store_at = InView
     print(json.dumps([law_killed(variant, where / variant, number, seed) for variant in variants]))

@@ -10,8 +10,10 @@ import torch
 import fntrain as ft
 from fntrain import TrainState
 from fntrain.core.tree import to_bytes
-from fntrain.shell.checkpoints.manifest import Contents, write_manifest, write_tensors
+from fntrain.shell.checkpoints.contents import Contents
+from fntrain.shell.checkpoints.manifest import Part, dumps
 from fntrain.shell.checkpoints.tensor_file import crc32
+from fntrain.shell.checkpoints.writing import write_tensors
 
 MODEL, TRAIN, MANIFEST = NAMES = ("model.safetensors", "train.safetensors", "state.json")
 
@@ -51,16 +53,24 @@ def save_1(state, directory):
     contents = Contents.of(state)
     path = Path(directory) / f"step_{state.step:08d}"
     path.mkdir(parents=True)
-    files = {MODEL: {}, TRAIN: {}}
-    for (leaf, entry), tensor in zip(contents.entries.items(), contents.tensors, strict=True):
-        files[entry["file"]][entry["name"]] = plain = tensor.contiguous().clone()
-        contents.entries[leaf]["crc32"] = crc32(to_bytes(plain))
+    files, entries = {MODEL: {}, TRAIN: {}}, {}
+    for stored, tensor in zip(contents.stored, contents.tensors, strict=True):
+        [part] = stored.parts
+        files[part.file][stored.name] = plain = tensor.contiguous().clone()
+        entries[stored.leaf] = {
+            "file": part.file,
+            "name": stored.name,
+            "shape": list(part.shape),
+            "dtype": stored.dtype,
+        }
+        entries[stored.leaf] |= {"stride": stored.stride} if stored.stride else {}
+        entries[stored.leaf]["crc32"] = crc32(to_bytes(plain))
     headers = {}
     for file, tensors in files.items():
         safetensors.torch.save_file(tensors, path / file, metadata={"format": "pt"})
         headers[file] = crc32(head(path / file)[8:])
     manifest = {"format": "fntrain", "schema": 1, "versions": {"torch": torch.__version__}}
-    manifest |= {"state": contents.structure, "headers": headers, "tensors": contents.entries}
+    manifest |= {"state": contents.structure, "headers": headers, "tensors": entries}
     seal(path, json.dumps(manifest))
     return path
 
@@ -69,23 +79,25 @@ def save_3(state, directory, size=2):
     """Write a checkpoint as ranks do that each hold rows of what has any; returns its path."""
     path = Path(directory) / f"step_{state.step:08d}"
     path.mkdir(parents=True)
-    contents, whole, written = Contents.of(state), {}, []
+    contents, files, written = Contents.of(state), {}, []
     for rank in range(size):
-        entries, values = {}, []
-        for (leaf, entry), tensor in zip(contents.entries.items(), contents.tensors, strict=True):
+        mine, values = [], []
+        for stored, tensor in zip(contents.stored, contents.tensors, strict=True):
             if tensor.ndim:
                 rows = -(-len(tensor) // size)
-                part = tensor[rank * rows : (rank + 1) * rows]
-                whole[leaf], at = entry, min(rank * rows, len(tensor))
-                own = {key: value for key, value in entry.items() if key != "stride"}
-                entries[f"{leaf}@{rank}"] = own | {"shape": list(part.shape), "of": leaf, "at": at}
-                values.append(part)
+                value = tensor[rank * rows : (rank + 1) * rows]
+                row = min(rank * rows, len(tensor))
+                part = Part(f"{stored.leaf}@{rank}", stored.parts[0].file, tuple(value.shape), row)
+                mine.append(attrs.evolve(stored, parts=(part,)))
+                values.append(value)
             elif rank == 0:
-                entries[leaf] = entry
+                mine.append(stored)
                 values.append(tensor)
-        mine = attrs.evolve(contents, entries=entries, tensors=values, whole=whole)
-        written.append(write_tensors(mine, map(to_bytes, values), path, f"-rank{rank}" if rank else ""))
-    write_manifest(attrs.evolve(contents, whole=whole), written, path)
+        own = attrs.evolve(contents, stored=mine, tensors=values)
+        one = write_tensors(own, map(to_bytes, values), path, f"-rank{rank}" if rank else "")
+        files |= one.files
+        written += one.stored
+    (path / MANIFEST).write_bytes(dumps(contents.structure, files, written))
     return path
 
 

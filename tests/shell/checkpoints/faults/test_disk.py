@@ -20,8 +20,8 @@ import saved
 import fntrain as ft
 from fntrain import CheckpointError
 from fntrain.shell.checkpoints import saver, tensor_file
-from fntrain.shell.checkpoints.directory import step_of
 from fntrain.shell.checkpoints.save_load import checkpoints
+from fntrain.shell.checkpoints.store import step_of
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 import fntrain as ft
 from fntrain import CheckpointError, TrainState
 from fntrain.__main__ import main
-from fntrain.shell.checkpoints.directory import clean, writing
+from fntrain.shell.checkpoints.local import LocalStore
 
 BOMB = 1 << 30  # bytes of address space that a case may take beyond what the process has: all files are a few KB
 DEEP = "DEEP NESTING"  # put into the tree, replaced in the text: json can't write what it should not read
@@ -267,8 +267,9 @@ def by_weights(root, path, rng):
 def by_clean(root, path, rng):
     old = path.with_name(path.name + ".old")
     path.rename(old)
-    with writing(root):
-        clean(root)
+    store = LocalStore(root)
+    with store.hold():
+        store.clean()
     return by_latest(root, path, rng)
 
 
@@ -436,6 +437,6 @@ def test_many_changed_checkpoints_are_states_or_refused(base, tmp_path):
 
 def test_the_law_of_the_fuzzer_can_fail(base, tmp_path, monkeypatch):
     """A reader that takes a manifest for what it says is found out."""
-    monkeypatch.setattr("fntrain.shell.checkpoints.manifest._check_manifest", lambda manifest: None)
+    monkeypatch.setattr("fntrain.shell.checkpoints.manifest._check", lambda manifest: None)
     with pytest.raises((AssertionError, LookupError, TypeError, ValueError, RuntimeError, MemoryError)):
         many(base, tmp_path, range(600))

@@ -1,6 +1,7 @@
-"""Paths on other file systems (s3://, gs://, memory:// ...), with the little of pathlib that checkpoints need.
+"""Paths of checkpoints: local ones, and those of other file systems (s3://, gs://, memory:// ...).
 
-fsspec, which torch brings, does the work; what it needs for a protocol (s3fs, gcsfs) is for the user to install.
+A remote path has the few methods of pathlib that checkpoints need. fsspec, which torch installs, does the work. A
+protocol may need a package of its own (s3fs, gcsfs), which the user installs.
 """
 
 import errno
@@ -28,7 +29,7 @@ class RemotePath:
     @classmethod
     def of(cls, url: str) -> "RemotePath":
         """Make one from a URL; raises ImportError, naming the package, if the protocol needs one that is missing."""
-        import fsspec  # 65 ms beside torch, and only for those who use it
+        import fsspec  # takes 65 ms, so only those who use it pay for it
 
         fs, path = fsspec.core.url_to_fs(url)
         return cls(fs, fs.unstrip_protocol(path).rstrip("/"))
@@ -40,7 +41,7 @@ class RemotePath:
     @property
     def parent(self) -> "RemotePath":
         head = self.url.rpartition("/")[0]
-        return self if head.endswith(":/") else RemotePath(self.fs, head)  # a root's is itself, as pathlib has it
+        return self if head.endswith(":/") else RemotePath(self.fs, head)  # a root is its own parent, as in pathlib
 
     def __truediv__(self, name: str) -> "RemotePath":
         return RemotePath(self.fs, f"{self.url}/{name}")
@@ -53,6 +54,10 @@ class RemotePath:
 
     def __repr__(self) -> str:
         return f"RemotePath({self.url!r})"
+
+    def absolute(self) -> "RemotePath":
+        """Return the path itself: a URL does not depend on the current directory."""
+        return self
 
     def exists(self) -> bool:
         self.fs.invalidate_cache()  # another process may have written since
@@ -75,19 +80,19 @@ class RemotePath:
         return bytes(self.fs.cat_file(self.url))
 
     def write_bytes(self, data: bytes) -> None:
-        """Write a whole file at once: on an object store it is there complete, or not at all."""
+        """Write a whole file in one request: on an object store it exists complete, or not at all."""
         self.fs.pipe_file(self.url, data)
 
     def create(self) -> BinaryIO:
-        """Open the file for writing; on an object store it is there once it is closed."""
+        """Open the file for writing; on an object store it exists once it is closed."""
         return self.fs.open(self.url, "wb")  # type: ignore[no-any-return]
 
     def finish(self, file: Any, *, whole: bool) -> None:
-        """Close a file made by `create`; if its writing failed, so that no part of it is there, where that can be."""
+        """Close a file made by `create`; one that was not written whole is discarded, where the store can do that."""
         from fsspec.spec import AbstractBufferedFile
 
         if not whole and isinstance(file, AbstractBufferedFile):
-            file.closed = True  # to close it, or to collect it open, would end the upload
+            file.closed = True  # closing it, or collecting it while open, would complete the upload
             file.discard()
         else:
             file.close()
@@ -99,7 +104,7 @@ class RemotePath:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.url) from error
 
     def read_into(self, start: int, view: memoryview) -> int:
-        """Read from `start` on to fill the view; returns the number of bytes that were there."""
+        """Read from `start` on into the view; returns the number of bytes read."""
         data = self.fs.cat_file(self.url, start=start, end=start + len(view))
         view[: len(data)] = data
         return len(data)
@@ -109,14 +114,14 @@ class RemotePath:
         self.fs.rm(self.url, recursive=True)
 
 
-Place = Path | RemotePath
+AnyPath = Path | RemotePath
 
 
-def place(path: str | os.PathLike[str]) -> Place:
-    """Return the path of a directory or file, on the local file system (file:// too) or another.
+def path_of(path: str | os.PathLike[str]) -> AnyPath:
+    """Return a path on the local file system (file:// too) or, for other URLs, on a remote one.
 
     Example:
-      >>> place("runs/a"), place("memory://runs/a")
+      >>> path_of("runs/a"), path_of("memory://runs/a")
       (PosixPath('runs/a'), RemotePath('memory:///runs/a'))
     """
     if isinstance(path, RemotePath):

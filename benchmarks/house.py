@@ -34,29 +34,32 @@ Def = ast.FunctionDef | ast.AsyncFunctionDef
 ALLOWED: dict[str, set[str]] = {
     # The names for users, and the command line.
     "fntrain": {
-        "jobs", "hooks", "shell", "evaluation", "steps", "data", "core", "events", "schedules", "writers", "testing",
-        "lazy",
+        "jobs", "hooks", "shell", "evaluation", "steps", "data", "core", "events", "metrics", "schedules", "writers",
+        "testing", "lazy",
     },
     # Whole runs from one config: may import everything but the facade above.
     "jobs": {
-        "hooks", "shell", "evaluation", "steps", "data", "core", "events", "schedules", "writers", "testing", "lazy",
+        "hooks", "shell", "evaluation", "steps", "data", "core", "events", "metrics", "schedules", "writers", "testing",
+        "lazy",
     },
     # What happens around the fold: nothing below imports them.
-    "hooks": {"shell", "evaluation", "steps", "data", "core", "events", "schedules", "writers", "lazy"},
+    "hooks": {"shell", "evaluation", "steps", "data", "core", "events", "metrics", "schedules", "writers", "lazy"},
     # The world outside: disks, processes, devices.
-    "shell": {"evaluation", "steps", "data", "core", "events", "schedules", "writers", "lazy"},
+    "shell": {"evaluation", "steps", "data", "core", "events", "metrics", "schedules", "writers", "lazy"},
     # A fold over data that trains nothing.
-    "evaluation": {"steps", "data", "core", "events"},
+    "evaluation": {"steps", "data", "core", "events", "metrics"},
     # What one step does.
-    "steps": {"core", "events"},
+    "steps": {"core", "events", "metrics"},
     # Batches in a reproducible order.
     "data": {"core"},
     # Values on their way from a step to a writer.
-    "events": {"core"},
+    "events": {"core", "metrics"},
+    # How the values of a metric combine, over micro-batches and ranks.
+    "metrics": {"core"},
     # Numbers as functions of the step.
     "schedules": {"core"},
     # Where events end up.
-    "writers": {"core", "events", "lazy"},
+    "writers": {"core", "events", "metrics", "lazy"},
     # What the tests of users call.
     "testing": {"core", "steps", "data", "evaluation", "shell"},
     # How a package exports names whose modules are imported on first use.
@@ -65,7 +68,16 @@ ALLOWED: dict[str, set[str]] = {
     "core": set(),
 }  # fmt: skip
 
-PURE = ("core/", "steps/", "data/order.py", "data/combine.py", "schedules.py", "events.py", "evaluation.py")
+PURE = (
+    "core/",
+    "steps/",
+    "data/order.py",
+    "data/combine.py",
+    "schedules.py",
+    "metrics.py",
+    "events.py",
+    "evaluation.py",
+)
 IMPURE = (
     "os", "time", "logging", "torch.distributed", "tensorboard", "torch.utils.tensorboard",
     "fntrain.shell", "fntrain.hooks", "fntrain.jobs",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fntrain.core.check import real
-from fntrain.core.metrics import Combine, MetricName, Reduce, Scalar, Smooth
+from fntrain.metrics import Combine, MetricName, Reduce, Scalar, Smooth
 
 __all__ = [
     "Collector",

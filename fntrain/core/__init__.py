@@ -4,7 +4,7 @@ May import: torch, attrs, toolz, nothing else of fntrain; no clocks, files, logs
 Read first: `state` (the record that a step maps to the next one), then `fold` (the loop), then `hook`.
 """
 
-from fntrain.core import check, errors, fold, gates, hook, lease, metrics, ranks, rng, source, state, tree, wrapping
+from fntrain.core import check, errors, fold, gates, hook, lease, ranks, rng, source, state, tree, wrapping
 
 __all__ = [
     "check",
@@ -13,7 +13,6 @@ __all__ = [
     "gates",
     "hook",
     "lease",
-    "metrics",
     "ranks",
     "rng",
     "source",

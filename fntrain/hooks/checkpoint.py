@@ -20,7 +20,7 @@ from fntrain.shell.checkpoints.commit import Keep
 from fntrain.shell.checkpoints.paths import path_of
 from fntrain.shell.checkpoints.reading import check
 from fntrain.shell.checkpoints.saver import Saver
-from fntrain.shell.checkpoints.store import Store, gather_or_raise, step_of
+from fntrain.shell.checkpoints.store import Store, committed, gather_or_raise, step_of
 from fntrain.shell.checkpoints.upgrade import SchemaError
 
 _log = logging.getLogger("fntrain")

@@ -10,12 +10,12 @@ from torch import Tensor
 from fntrain.core import gates
 from fntrain.core.check import function, real
 from fntrain.core.hook import AnyHook, Needs, hook
-from fntrain.core.metrics import combined
 from fntrain.core.ranks import Ranks
 from fntrain.core.state import TrainState
 from fntrain.evaluation import flattened
 from fntrain.events import MetricName, Scalar
 from fntrain.hooks.ema import averaged
+from fntrain.metrics import combined
 
 
 @attrs.frozen

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fntrain.core.check import one_of, whole
 from fntrain.core.hook import AnyHook, Hook, Needs, hook, resource
-from fntrain.core.metrics import WEIGHT, combined
 from fntrain.core.ranks import Ranks
 from fntrain.core.state import TrainState
 from fntrain.events import Smooth
 from fntrain.hooks.series import Series, Smoothing, to_histories, to_host
+from fntrain.metrics import WEIGHT, combined
 from fntrain.writers import Row, Writer, WriteRow
 from fntrain.writers.history import History
 

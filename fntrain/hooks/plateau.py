@@ -8,9 +8,9 @@ import attrs
 
 from fntrain.core.check import number, one_of, whole
 from fntrain.core.hook import AnyHook, stateful
-from fntrain.core.metrics import metric_over_ranks
 from fntrain.core.state import TrainState, remember
 from fntrain.hooks.retention import tell_unseen
+from fntrain.metrics import metric_over_ranks
 from fntrain.steps.rates import LR_SCALE, lr_scale
 
 _log = logging.getLogger("fntrain")

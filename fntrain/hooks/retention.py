@@ -8,8 +8,8 @@ from typing import Literal
 import attrs
 
 from fntrain.core.check import whole
-from fntrain.core.metrics import metric_over_ranks
 from fntrain.core.state import TrainState
+from fntrain.metrics import metric_over_ranks
 
 _log = logging.getLogger("fntrain")
 Mode = Literal["max", "min"]

@@ -15,10 +15,10 @@ import torch
 from fntrain.core import tree
 from fntrain.core.check import number, whole
 from fntrain.core.hook import AnyHook, Hook, Needs, hook, resource
-from fntrain.core.metrics import metric_over_ranks
 from fntrain.core.state import TrainState, remember, snapshot, stop
 from fntrain.events import MetricName
 from fntrain.hooks.series import to_host
+from fntrain.metrics import metric_over_ranks
 
 _log = logging.getLogger("fntrain")
 ROLLBACKS = MetricName("rollbacks", reduce="max", smooth="each")

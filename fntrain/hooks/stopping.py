@@ -8,9 +8,9 @@ import attrs
 
 from fntrain.core.check import function, number, one_of, whole
 from fntrain.core.hook import AnyHook, Predicate, hook, stateful
-from fntrain.core.metrics import metric_over_ranks
 from fntrain.core.state import TrainState, remember, stop
 from fntrain.hooks.retention import Mode
+from fntrain.metrics import metric_over_ranks
 
 _log = logging.getLogger("fntrain")
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from fntrain.core.check import whole
-from fntrain.core.containers import leaves, map_leaves
 from fntrain.core.errors import ConfigError
 from fntrain.core.state import TrainState
 from fntrain.jobs.config import from_dict
@@ -22,6 +21,7 @@ from fntrain.shell.checkpoints.paths import AnyPath, path_of
 from fntrain.shell.checkpoints.save_load import latest
 from fntrain.shell.weights.load import load_params
 from fntrain.steps.batch import is_array, map_batch, move_batch
+from fntrain.steps.containers import leaves, map_leaves
 from fntrain.steps.module import load_into
 
 

@@ -1,6 +1,6 @@
 """What a step needs to know of a batch: how many samples it has, and how to split it into micro-batches.
 
-A batch is a tensor, or nested containers (see `fntrain.core.containers`) of tensors or arrays whose first dimension
+A batch is a tensor, or nested containers (see `fntrain.steps.containers`) of tensors or arrays whose first dimension
 counts samples, and of lists with one mapping, text or number for each sample. A list of tensors is a list of fields, as
 torch's default collate makes it: pass `split=` for a list with one tensor for each sample. The rest goes to all
 micro-batches.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fntrain.core.containers import children, map_leaves
+from fntrain.steps.containers import children, map_leaves
 
 Batch = Any
 _OF_SAMPLE = (str, int, float, Mapping)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fntrain import events
-from fntrain.core.metrics import WEIGHT
 from fntrain.events import Collector, MetricName, Reduce
+from fntrain.metrics import WEIGHT
 from fntrain.steps.exchange import Totals, total
 from fntrain.steps.loss import Objective
 

@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from fntrain.core.containers import children
+from fntrain.steps.containers import children
 from fntrain.steps.rates import Rates
 from fntrain.steps.update import BoundOptimizer
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import fntrain as ft
-from fntrain.core.metrics import WEIGHT, combined
 from fntrain.events import MetricName
+from fntrain.metrics import WEIGHT, combined
 
 APPROX = functools.partial(pytest.approx, rel=1e-9, abs=1e-12, nan_ok=True)
 

@@ -11,9 +11,9 @@ import torch
 from torch.nn.utils.rnn import pack_sequence
 
 import fntrain as ft
-from fntrain.core.containers import children, leaves, map_leaves
 from fntrain.shell.steps.flat import filler, flatten
 from fntrain.steps.batch import map_batch, move_batch, signature
+from fntrain.steps.containers import children, leaves, map_leaves
 
 Named = collections.namedtuple("Named", ["x", "label"])
 

@@ -114,16 +114,6 @@ def file_of(leaf: str) -> str:
     return MODEL if leaf.partition(".")[0] in ("params", "buffers") else TRAIN
 
 
-def name_in_file(leaf: str) -> str:
-    """Return the name of a leaf in its file.
-
-    Example:
-      >>> name_in_file("params.fc.weight"), name_in_file("extra.ema.fc.weight")
-      ('fc.weight', 'extra.ema.fc.weight')
-    """
-    return leaf.partition(".")[2] if file_of(leaf) == MODEL else leaf
-
-
 def dumps(structure: Any, files: Mapping[str, File], tensors: Iterable[Stored]) -> bytes:
     """Return a manifest as bytes, with its checksum.
 

@@ -19,10 +19,8 @@ from fntrain.shell.checkpoints.manifest import (
     TRAIN,
     File,
     Manifest,
-    Part,
     Stored,
     file_of,
-    name_in_file,
     read_manifest,
 )
 from fntrain.shell.checkpoints.paths import AnyPath
@@ -49,22 +47,14 @@ class Wanted:
     into: Mapping[str, Tensor] = attrs.field(factory=dict)
     split: Mapping[str, Tensor] = attrs.field(factory=dict)
 
-    def rows(self, stored: Stored) -> tuple[int, int]:
-        """The first row that is wanted of a tensor, and the number of rows."""
-        if stored.leaf in self.split:
-            return tree.rows(self.split[stored.leaf])
-        return 0, stored.shape[0] if stored.shape else 1
-
     def memory(self, stored: Stored) -> Tensor:
         """A contiguous tensor on the CPU to read to: the one given, if it is like that."""
-        if not self.values:
-            return _empty(stored.shape, stored.dtype, "meta")
+        shape, given = stored.shape, self.into.get(stored.leaf)
         if stored.leaf in self.split:
-            return _empty((self.rows(stored)[1], *stored.shape[1:]), stored.dtype, "cpu")
-        given = self.into.get(stored.leaf)
-        if given is not None and _is_plain(given) and _is_like(given, stored):
+            shape = (tree.rows(self.split[stored.leaf])[1], *shape[1:])
+        elif given is not None and _is_plain(given) and _is_like(given, stored):
             return given.detach()
-        return _empty(stored.shape, stored.dtype, "cpu")
+        return _empty(shape, stored.dtype, "cpu" if self.values else "meta")
 
 
 def check_verify(verify: Verify) -> None:
@@ -124,7 +114,7 @@ def read_model(path: AnyPath) -> dict[str, Tensor]:
     names = {part.file for stored in model.values() for part in stored.parts}
     files = {name: file for name, file in manifest.files.items() if name in names}
     tensors = _read(path, attrs.evolve(manifest, tensors=model, files=files), Wanted())
-    return {name_in_file(leaf): tensor for leaf, tensor in tensors.items()}
+    return {model[leaf].name: tensor for leaf, tensor in tensors.items()}
 
 
 def _split_leaves(manifest: Manifest, split: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -209,7 +199,7 @@ class _Piece:
     length: int
     crc32: int
     view: memoryview | None
-    skip: int = 0
+    skip: int
 
     def problem(self, verify: Verify) -> CheckpointError | None:
         """Read the bytes and check them; returns what is wrong."""
@@ -239,23 +229,16 @@ def _pieces(
 ) -> Iterator[_Piece]:
     """What to read of a tensor: all, or the pieces in which there is something of the rows that are wanted."""
     view = tree.to_bytes(tensor) if wanted.values else None
-    first, _ = wanted.rows(stored)
+    first = tree.rows(wanted.split[stored.leaf])[0] if stored.leaf in wanted.split else 0
     for part in stored.parts:
-        offset = (part.row - first) * nbytes(stored.dtype, part.shape[1:])  # in what is wanted, of the part's bytes
-        for piece in _pieces_of(part, stored.bytes_of(part), size, readers[part.file]):
-            if view is None:
-                yield piece
-                continue
-            begin = offset + piece.start - part.start
-            mine = view[max(begin, 0) : max(begin + piece.length, 0)]
-            if len(mine) or not piece.length:
-                yield attrs.evolve(piece, view=mine, skip=max(-begin, 0))
-
-
-def _pieces_of(part: Part, length: int, size: int, reader: Reader) -> Iterator[_Piece]:
-    for index, crc in enumerate(part.crc32):
-        at = index * size
-        yield _Piece(part.key, reader, part.start + at, min(size, length - at), crc, None)
+        length = stored.bytes_of(part)
+        offset = (part.row - first) * nbytes(stored.dtype, part.shape[1:])  # of the part, in the bytes that are wanted
+        for index, crc in enumerate(part.crc32):
+            at = index * size
+            count, begin = min(size, length - at), offset + at
+            mine = None if view is None else view[max(begin, 0) : max(begin + count, 0)]
+            if mine is None or len(mine) or not count:
+                yield _Piece(part.key, readers[part.file], part.start + at, count, crc, mine, max(-begin, 0))
 
 
 def _read_all(pieces: Iterable[_Piece], verify: Verify) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -163,8 +164,8 @@ def resume_or(state: TrainState, directory: str | os.PathLike[str], *, verify: V
         _log.info("no checkpoint in %s: starting from the state given", store.root)
         return state
     path, loaded = found
-    _check_job(loaded, state, path)
     _log.info("resuming from %s", path)
+    _check_job(loaded, state, path)
     home = _home(state)
     if home is None:
         return _laid_out_like(loaded, state)
@@ -219,11 +220,9 @@ def _read_like(state: TrainState, path: AnyPath, verify: Verify) -> TrainState:
     device = next((param.device for param in state.params.values()), None)
     split = {name: param for name, param in state.params.items() if tree.local(param) is not param}
     found: list[TrainState] = []
+    read = partial(read_state, path, verify=verify, device=device, split=split)
     # Each rank reads other bytes: what one finds damaged, all have to pass over.
-    gather_or_raise(
-        ranks() if split else ALONE,
-        lambda: found.append(read_state(path, verify=verify, device=device, split=split)),
-    )
+    gather_or_raise(ranks() if split else ALONE, lambda: found.append(read()))
     return found[0]
 
 

@@ -21,7 +21,8 @@ from fntrain.core.state import Run, StepFn, TrainState
 from fntrain.evaluation import flattened
 from fntrain.hooks.evaluate import Evaluate as EvaluateHook
 from fntrain.jobs.config import Config, scale_config, to_dict
-from fntrain.shell.checkpoints.save_load import checkpoints, resume_or
+from fntrain.shell.checkpoints.resume import resume_or
+from fntrain.shell.checkpoints.save_load import checkpoints
 from fntrain.shell.distributed.connected import ranks
 from fntrain.shell.distributed.distribute import distribute
 from fntrain.shell.setup import keep_config, log_directory, seed_all

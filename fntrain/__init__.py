@@ -28,7 +28,8 @@ from fntrain.core.wrapping import wrap
 from fntrain.evaluation import Evaluation, evaluation
 from fntrain.events import name_scope, put_histogram, put_image, put_scalar, put_scalars, put_text
 from fntrain.lazy import exported_later
-from fntrain.shell.checkpoints.save_load import latest, load, resume_or, save
+from fntrain.shell.checkpoints.resume import resume_or
+from fntrain.shell.checkpoints.save_load import latest, load, save
 from fntrain.steps.batch import num_samples, split_batch
 from fntrain.steps.loss import weighted
 from fntrain.steps.module import bound, init_state, load_into

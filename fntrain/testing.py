@@ -13,7 +13,8 @@ from fntrain.core.errors import StateConsumedError
 from fntrain.core.fold import fit, states
 from fntrain.core.rng import fold_in
 from fntrain.core.state import StepFn, TrainState, digest, named_leaves, snapshot
-from fntrain.shell.checkpoints.save_load import resume_or, save
+from fntrain.shell.checkpoints.resume import resume_or
+from fntrain.shell.checkpoints.save_load import save
 
 
 def assert_states_equal(got: TrainState, expected: TrainState) -> None:

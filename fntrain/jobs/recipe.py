@@ -25,7 +25,8 @@ from fntrain.jobs.defaults import (
     no_evaluation,
 )
 from fntrain.jobs.job import EvaluationFn, Job, Result
-from fntrain.shell.checkpoints.save_load import checkpoints, resume_or
+from fntrain.shell.checkpoints.resume import resume_or
+from fntrain.shell.checkpoints.save_load import checkpoints
 from fntrain.shell.distributed.connected import ranks
 from fntrain.shell.weights.load import load_params
 from fntrain.steps.module import init_state

@@ -73,7 +73,7 @@ def commit(store: Store, contents: Contents, data: Iterable[memoryview]) -> AnyP
 
 def _manifest(contents: Contents, written: Iterable[Written]) -> bytes:
     files = {name: file for one in written for name, file in one.files.items()}
-    return dumps(contents.structure, files, [stored for one in written for stored in one.stored])
+    return dumps(contents.structure, files, [part for one in written for part in one.parts])
 
 
 def _check_others(directory: AnyPath, written: Sequence[Written]) -> None:

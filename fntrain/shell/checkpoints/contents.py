@@ -10,7 +10,7 @@ from fntrain.core import tree
 from fntrain.core.errors import CheckpointError
 from fntrain.core.ranks import ALONE, Ranks
 from fntrain.core.state import TrainState, saved_fields
-from fntrain.shell.checkpoints.manifest import TRAIN, Part, Stored, file_of, name_in_file
+from fntrain.shell.checkpoints.manifest import MODEL, TRAIN, Part, Stored, file_of
 from fntrain.shell.checkpoints.structure import check_fields, encode
 from fntrain.shell.checkpoints.tensor_file import DTYPES
 
@@ -84,13 +84,13 @@ def _stored(leaf: str, tensor: Tensor) -> Stored:
         raise CheckpointError(f"state.{leaf}: got {tensor.dtype}, which safetensors does not know; save real and imag")
     # The strides of a dense copy: the gaps and overlaps of a view are not kept.
     strides = None if tensor.is_contiguous() else tuple(torch.empty_like(tensor, device="meta").stride())
-    shape = tuple(tensor.shape)
+    shape, file = tuple(tensor.shape), file_of(leaf)
     return Stored(
         leaf=leaf,
-        name=name_in_file(leaf),
+        name=leaf.partition(".")[2] if file == MODEL else leaf,
         dtype=dtype,
         shape=shape,
-        parts=(Part(leaf, file_of(leaf), shape),),
+        parts=(Part(leaf, file, shape),),
         stride=strides,
         device=None if tensor.device.type == "cpu" else tensor.device.type,
     )

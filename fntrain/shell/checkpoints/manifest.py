@@ -114,26 +114,16 @@ def file_of(leaf: str) -> str:
     return MODEL if leaf.partition(".")[0] in ("params", "buffers") else TRAIN
 
 
-def name_in_file(leaf: str) -> str:
-    """Return the name of a leaf in its file.
-
-    Example:
-      >>> name_in_file("params.fc.weight"), name_in_file("extra.ema.fc.weight")
-      ('fc.weight', 'extra.ema.fc.weight')
-    """
-    return leaf.partition(".")[2] if file_of(leaf) == MODEL else leaf
-
-
-def dumps(structure: Any, files: Mapping[str, File], tensors: Iterable[Stored]) -> bytes:
+def dumps(structure: Any, files: Mapping[str, File], parts: Iterable[tuple[Stored, Part]]) -> bytes:
     """Return a manifest as bytes, with its checksum.
 
     Args:
       structure: the state as JSON.
       files: all files of tensors.
-      tensors: all tensors, those of one file in their order there. A split one comes once for each of its parts.
+      parts: all parts and the tensors that they are of, those of one file in their order there.
     """
-    tensors = list(tensors)
-    split = {stored.leaf: stored for stored in tensors if stored.split}
+    parts = list(parts)
+    split = {stored.leaf: stored for stored, _ in parts if stored.split}
     manifest = {
         "format": "fntrain",
         "schema": SCHEMA if split else 2,
@@ -141,10 +131,10 @@ def dumps(structure: Any, files: Mapping[str, File], tensors: Iterable[Stored]) 
         "part": PART,
         "state": structure,
         "files": {name: attrs.asdict(file) for name, file in files.items()},
-        "tensors": {part.key: _part_as_json(stored, part) for stored in tensors for part in stored.parts},
+        "tensors": {part.key: _as_json(stored, part) for stored, part in parts},
     }
     if split:
-        manifest["whole"] = {leaf: _whole_as_json(stored, file_of(leaf)) for leaf, stored in split.items()}
+        manifest["whole"] = {leaf: _as_json(stored) for leaf, stored in split.items()}
     text = json.dumps(manifest, allow_nan=False).encode()
     return b'{"crc32": %d, "manifest": %s}' % (crc32(text), text)
 
@@ -182,17 +172,17 @@ def read_manifest(path: AnyPath) -> Manifest:
     return manifest
 
 
-def _whole_as_json(stored: Stored, file: str) -> dict[str, Any]:
-    entry = {"file": file, "name": stored.name, "shape": list(stored.shape), "dtype": stored.dtype}
-    optional = {"stride": stored.stride, "device": stored.device}
-    return entry | {name: value for name, value in optional.items() if value is not None}
-
-
-def _part_as_json(stored: Stored, part: Part) -> dict[str, Any]:
-    entry = _whole_as_json(attrs.evolve(stored, shape=part.shape), part.file)
-    if stored.split:
+def _as_json(stored: Stored, part: Part | None = None) -> dict[str, Any]:
+    """What the manifest says of a part, or of the whole of a split tensor."""
+    file, shape = (part.file, part.shape) if part else (file_of(stored.leaf), stored.shape)
+    entry: dict[str, Any] = {"file": file, "name": stored.name, "shape": shape, "dtype": stored.dtype}
+    if stored.stride is not None:
+        entry["stride"] = stored.stride
+    if stored.device is not None:
+        entry["device"] = stored.device
+    if part and stored.split:
         entry |= {"of": stored.leaf, "at": part.row}
-    return entry | {"crc32": list(part.crc32)}
+    return entry | {"crc32": part.crc32} if part else entry
 
 
 def _parsed(content: Mapping[str, Any]) -> Manifest:
@@ -274,7 +264,7 @@ def _check(manifest: Manifest) -> None:
 
 def _check_tensor(stored: Stored) -> None:
     """Raise ValueError unless torch can have such a tensor and its parts make it up, row after row."""
-    for shape in (stored.shape, *(part.shape for part in stored.parts)):
+    for shape in (stored.shape, *(part.shape for part in stored.parts if stored.split)):
         # torch can't have so many bytes, even if one of the sizes is 0.
         if len(shape) > 64 or nbytes(stored.dtype, [max(1, size) for size in shape]) >= 1 << 63:
             raise ValueError(f"{stored.leaf!r}: {stored!r}")

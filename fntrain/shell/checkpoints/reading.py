@@ -1,9 +1,10 @@
 """Reads checkpoints and checks every byte: each checksum is computed while its bytes are in the processor's cache."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from typing import Literal
 
 import attrs
@@ -19,10 +20,8 @@ from fntrain.shell.checkpoints.manifest import (
     TRAIN,
     File,
     Manifest,
-    Part,
     Stored,
     file_of,
-    name_in_file,
     read_manifest,
 )
 from fntrain.shell.checkpoints.paths import AnyPath
@@ -42,29 +41,27 @@ class Wanted:
       into: memory to use, by dotted path: written over where name, shape and dtype are right.
       split: tensors that are split over ranks, by dotted path: of their leaves this rank reads its rows alone, and
         checks them with what shares a checksum with them.
+      accept: asked, if it is there, before anything is written over, when all has been found intact: whether to go on.
+        Then only the tensors that are read straight into memory given have no values yet.
     """
 
     verify: Verify = "full"
     values: bool = True
     into: Mapping[str, Tensor] = attrs.field(factory=dict)
     split: Mapping[str, Tensor] = attrs.field(factory=dict)
+    accept: Callable[[dict[str, Tensor]], bool] | None = None
 
-    def rows(self, stored: Stored) -> tuple[int, int]:
-        """The first row that is wanted of a tensor, and the number of rows."""
-        if stored.leaf in self.split:
-            return tree.rows(self.split[stored.leaf])
-        return 0, stored.shape[0] if stored.shape else 1
+    def given(self, stored: Stored) -> Tensor | None:
+        """The memory given for a tensor, if the file can be read straight into it."""
+        given = self.into.get(stored.leaf)
+        return given.detach() if given is not None and _is_plain(given) and _is_like(given, stored) else None
 
     def memory(self, stored: Stored) -> Tensor:
-        """A contiguous tensor on the CPU to read to: the one given, if it is like that."""
-        if not self.values:
-            return _empty(stored.shape, stored.dtype, "meta")
+        """New memory for a tensor, on the CPU."""
+        shape = stored.shape
         if stored.leaf in self.split:
-            return _empty((self.rows(stored)[1], *stored.shape[1:]), stored.dtype, "cpu")
-        given = self.into.get(stored.leaf)
-        if given is not None and _is_plain(given) and _is_like(given, stored):
-            return given.detach()
-        return _empty(stored.shape, stored.dtype, "cpu")
+            shape = (tree.rows(self.split[stored.leaf])[1], *shape[1:])
+        return _empty(shape, stored.dtype, "cpu" if self.values else "meta")
 
 
 def check_verify(verify: Verify) -> None:
@@ -80,6 +77,7 @@ def read_state(
     into: Mapping[str, Tensor] | None = None,
     device: torch.device | None = None,
     split: Mapping[str, Tensor] | None = None,
+    accept: Callable[[TrainState], bool] | None = None,
 ) -> TrainState:
     """Read one checkpoint and check it.
 
@@ -92,18 +90,21 @@ def read_state(
         belong: they are never twice on the device.
       split: parameters that are split over ranks, by name: of them, and of what the optimizer keeps in their shape,
         this rank's rows alone are read.
+      accept: asked before anything of `into` is written over, when all has been found intact: whether to go on. It gets
+        the state; in the tensors of `into` there are no values of the checkpoint then, nor in what is returned if not.
     Raises:
       CheckpointError: it is damaged; file and leaf are named.
     """
     manifest = read_manifest(path)
     like = dict(_split_leaves(manifest, split or {}))
-    tensors = _read(path, manifest, Wanted(verify=verify, into=into or {}, split=like))
+    state = partial(state_of, manifest.structure, path=path, file=path / MANIFEST)
+    ask = (lambda tensors: accept(state(tensors))) if accept else None
+    tensors = _read(path, manifest, Wanted(verify=verify, into=into or {}, split=like, accept=ask))
     if device is not None and device.type != "cpu":
         for leaf, stored in manifest.tensors.items():
             if stored.device is not None and file_of(leaf) == TRAIN:
                 tensors[leaf] = tensors[leaf].to(device)
-    tensors |= {leaf: tree.relocated(split_tensor, tensors[leaf]) for leaf, split_tensor in like.items()}
-    return state_of(manifest.structure, tensors, path=path, file=path / MANIFEST)
+    return state(tensors | {leaf: tree.relocated(split_tensor, tensors[leaf]) for leaf, split_tensor in like.items()})
 
 
 def check(path: AnyPath, *, verify: Verify = "full") -> TrainState:
@@ -124,7 +125,7 @@ def read_model(path: AnyPath) -> dict[str, Tensor]:
     names = {part.file for stored in model.values() for part in stored.parts}
     files = {name: file for name, file in manifest.files.items() if name in names}
     tensors = _read(path, attrs.evolve(manifest, tensors=model, files=files), Wanted())
-    return {name_in_file(leaf): tensor for leaf, tensor in tensors.items()}
+    return {model[leaf].name: tensor for leaf, tensor in tensors.items()}
 
 
 def _split_leaves(manifest: Manifest, split: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -145,14 +146,15 @@ def _read(path: AnyPath, manifest: Manifest, wanted: Wanted) -> dict[str, Tensor
             readers = {name: stack.enter_context(opened(path / name)) for name in manifest.files}
             for name, file in manifest.files.items():
                 _check_head(readers[name], file)
-            tensors = {leaf: wanted.memory(stored) for leaf, stored in manifest.tensors.items()}
-            if wanted.values or wanted.verify == "full":
-                pieces = [
-                    piece
-                    for leaf, stored in manifest.tensors.items()
-                    for piece in _pieces(stored, tensors[leaf], manifest.piece, readers, wanted)
-                ]
-                _read_all(pieces, wanted.verify)
+            given = {leaf: wanted.given(stored) for leaf, stored in manifest.tensors.items()}
+            tensors = {leaf: wanted.memory(manifest.tensors[leaf]) if at is None else at for leaf, at in given.items()}
+            late = [leaf for leaf, at in given.items() if at is not None and wanted.accept]
+            first = {**tensors, **dict.fromkeys(late)} if wanted.values else dict.fromkeys(tensors)
+            _read_all(_pieces(manifest, first, readers, wanted), wanted.verify)
+            if wanted.accept:
+                if not wanted.accept(tensors):
+                    return tensors
+                _read_all(_pieces(manifest, {leaf: tensors[leaf] for leaf in late}, readers, wanted), wanted.verify)
     except FileNotFoundError as error:
         raise CheckpointError(f"{error.filename}: no such file") from error
     except OSError as error:
@@ -209,7 +211,7 @@ class _Piece:
     length: int
     crc32: int
     view: memoryview | None
-    skip: int = 0
+    skip: int
 
     def problem(self, verify: Verify) -> CheckpointError | None:
         """Read the bytes and check them; returns what is wrong."""
@@ -235,27 +237,31 @@ class _Piece:
 
 
 def _pieces(
-    stored: Stored, tensor: Tensor, size: int, readers: Mapping[str, Reader], wanted: Wanted
+    manifest: Manifest, tensors: Mapping[str, Tensor | None], readers: Mapping[str, Reader], wanted: Wanted
 ) -> Iterator[_Piece]:
-    """What to read of a tensor: all, or the pieces in which there is something of the rows that are wanted."""
-    view = tree.to_bytes(tensor) if wanted.values else None
-    first, _ = wanted.rows(stored)
-    for part in stored.parts:
-        offset = (part.row - first) * nbytes(stored.dtype, part.shape[1:])  # in what is wanted, of the part's bytes
-        for piece in _pieces_of(part, stored.bytes_of(part), size, readers[part.file]):
-            if view is None:
-                yield piece
-                continue
-            begin = offset + piece.start - part.start
-            mine = view[max(begin, 0) : max(begin + piece.length, 0)]
-            if len(mine) or not piece.length:
-                yield attrs.evolve(piece, view=mine, skip=max(-begin, 0))
+    """What to read: all, or of a split tensor the pieces in which there are rows of this rank.
 
-
-def _pieces_of(part: Part, length: int, size: int, reader: Reader) -> Iterator[_Piece]:
-    for index, crc in enumerate(part.crc32):
-        at = index * size
-        yield _Piece(part.key, reader, part.start + at, min(size, length - at), crc, None)
+    Args:
+      manifest: of the checkpoint.
+      tensors: where to put them, by leaf; those with None are only checked.
+      readers: of the files.
+      wanted: which rows there are, and whether values are checked.
+    """
+    for leaf, tensor in tensors.items():
+        if tensor is None and wanted.verify != "full":
+            continue
+        view = None if tensor is None else tree.to_bytes(tensor)
+        stored = manifest.tensors[leaf]
+        first = tree.rows(wanted.split[leaf])[0] if leaf in wanted.split else 0
+        for part in stored.parts:
+            rows, length = part.row - first, stored.bytes_of(part)
+            offset = rows * nbytes(stored.dtype, part.shape[1:]) if rows else 0  # of the part, in what is wanted
+            for index, crc in enumerate(part.crc32):
+                at = index * manifest.piece
+                count, begin = min(manifest.piece, length - at), offset + at
+                mine = None if view is None else view[max(begin, 0) : max(begin + count, 0)]
+                if mine is None or len(mine) or not count:
+                    yield _Piece(part.key, readers[part.file], part.start + at, count, crc, mine, max(-begin, 0))
 
 
 def _read_all(pieces: Iterable[_Piece], verify: Verify) -> None:

@@ -7,17 +7,17 @@ from itertools import chain, islice
 import attrs
 
 from fntrain.shell.checkpoints.contents import Contents
-from fntrain.shell.checkpoints.manifest import MODEL, TRAIN, File, Stored
+from fntrain.shell.checkpoints.manifest import MODEL, TRAIN, File, Part, Stored
 from fntrain.shell.checkpoints.paths import AnyPath
 from fntrain.shell.checkpoints.tensor_file import PART, crc32, crc32_parts, created, grouped, header
 
 
 @attrs.frozen
 class Written:
-    """What one rank has written, for the manifest: its files, and the tensors in them in the order of the files."""
+    """What one rank has written, for the manifest: its files, and the parts of tensors in the order of the files."""
 
     files: dict[str, File]
-    stored: list[Stored]
+    parts: list[tuple[Stored, Part]]
 
 
 def write_tensors(contents: Contents, data: Iterable[memoryview], directory: AnyPath, mark: str = "") -> Written:
@@ -52,6 +52,6 @@ def _marked(file: str, mark: str) -> str:
     return file.replace(".", mark + ".", 1)
 
 
-def _filled(stored: Stored, mark: str, crcs: list[int]) -> Stored:
+def _filled(stored: Stored, mark: str, crcs: list[int]) -> tuple[Stored, Part]:
     [part] = stored.parts
-    return attrs.evolve(stored, parts=(attrs.evolve(part, file=_marked(part.file, mark), crc32=tuple(crcs)),))
+    return stored, Part(part.key, _marked(part.file, mark), part.shape, part.row, crc32=tuple(crcs))

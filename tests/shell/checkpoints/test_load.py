@@ -9,7 +9,7 @@ from cases import batches, make, same, square_loss
 
 import fntrain as ft
 from fntrain import CheckpointError, TrainState
-from fntrain.shell.checkpoints import reading, save_load
+from fntrain.shell.checkpoints import reading, resume
 
 LOADS = {
     "load": lambda root, verify: ft.load(root / "step_00000002", verify=verify),
@@ -311,27 +311,29 @@ def test_a_damaged_checkpoint_leaves_the_state_given_as_it_was(tmp_path):
 
 
 def test_law_unharmed_can_fail(tmp_path, monkeypatch):
-    """Reading over the memory without a check before is refused."""
-    state, check = trained(tmp_path), save_load.check
+    """Reading over the memory before all has been checked is refused."""
+    state = trained(tmp_path)
     shutil.rmtree(tmp_path / "step_00000001")
-    monkeypatch.setattr(save_load, "check", lambda path, verify: check(path, verify="structure"))
-    with pytest.raises(ft.StateConsumedError, match=r"ft\.resume_or"):
+    monkeypatch.setattr(resume, "read_state", lambda path, accept, **options: reading.read_state(path, **options))
+    with pytest.raises(AssertionError):
         law_unharmed(tmp_path, state)
 
 
-def test_a_checkpoint_that_is_damaged_between_check_and_reading_says_what_is_lost(tmp_path, monkeypatch):
-    """It can't be helped then: the error says so, and the state that it is consumed."""
-    state, check = trained(tmp_path), save_load.check
+def test_a_checkpoint_that_is_damaged_after_its_check_is_passed_over(tmp_path, monkeypatch):
+    """Its bytes are checked again when they are read over the weights; the older one is resumed in the same memory."""
+    state, accept = trained(tmp_path), resume._Target._accept
+    places = {name: param.data_ptr() for name, param in state.params.items()}
 
-    def and_flip(path, verify):
-        found = check(path, verify=verify)
-        flip(path / "model.safetensors", -1)
-        return found
+    def and_flip(target, path, found):
+        if path.name == "step_00000002":
+            flip(path / "model.safetensors", -1)
+        return accept(target, path, found)
 
-    monkeypatch.setattr(save_load, "check", and_flip)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors.*damaged.*the state given has lost its values"):
-        ft.resume_or(state, tmp_path)
-    with pytest.raises(ft.StateConsumedError):
+    monkeypatch.setattr(resume._Target, "_accept", and_flip)
+    resumed = ft.resume_or(state, tmp_path)
+    assert resumed == ft.load(tmp_path / "step_00000001")
+    assert {name: param.data_ptr() for name, param in resumed.params.items()} == places
+    with pytest.raises(ft.StateConsumedError, match=r"ft\.resume_or"):
         state.params["any"]
 
 

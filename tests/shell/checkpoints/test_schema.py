@@ -7,12 +7,14 @@ import shutil
 import zlib
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 
 import fntrain as ft
 from fntrain import CheckpointError, TrainState
 from fntrain.__main__ import main
+from fntrain.shell.checkpoints import manifest
 from fntrain.shell.checkpoints.upgrade import SCHEMA, SchemaError
 from fntrain.shell.weights import inspect
 
@@ -203,3 +205,30 @@ def test_the_command_line_says_that_it_is_later(later, capsys):
     assert "written by a later version" in capsys.readouterr().out
     assert main(["inspect", str(later)]) == 2
     assert "written by a later version" in capsys.readouterr().err
+
+
+def test_records_come_back_from_a_manifest(tmp_path):
+    """What is written of tensors, one with strides and one split over two ranks, is read as the same records."""
+    files = {
+        name: manifest.File(8, 1, 8 + size) for name, size in (("model.safetensors", 32), ("model-1.safetensors", 8))
+    }
+    plain = manifest.Stored("params.a", "a", "float32", (3, 2), (), stride=(1, 3), device="cuda")
+    part = manifest.Part("params.a", "model.safetensors", (3, 2), 0, 8, (5,))
+    split = manifest.Stored("params.b", "b", "float32", (2, 2), ())
+    parts = (
+        manifest.Part("params.b@0", "model.safetensors", (1, 2), 0, 32, (6,)),
+        manifest.Part("params.b@1", "model-1.safetensors", (1, 2), 1, 8, (7,)),
+    )
+    plain, split = attrs.evolve(plain, parts=(part,)), attrs.evolve(split, parts=parts)
+    written = [(plain, part), (split, parts[0]), (split, parts[1])]
+    (tmp_path / "state.json").write_bytes(manifest.dumps({"dict": {}}, files, written))
+    found = manifest.read_manifest(tmp_path)
+    assert found == manifest.Manifest({"dict": {}}, 1 << 24, files, {"params.a": plain, "params.b": split})
+    assert (found.tensors["params.a"].split, found.tensors["params.b"].split) == (False, True)
+    for wrong in (
+        written[:2],
+        [written[0], written[2], (split, attrs.evolve(parts[0], row=1))],
+    ):  # rows that are missing
+        (tmp_path / "state.json").write_bytes(manifest.dumps({"dict": {}}, files, wrong))
+        with pytest.raises(CheckpointError, match=r"state\.json: its list of tensors is damaged.*missing"):
+            manifest.read_manifest(tmp_path)

@@ -96,7 +96,7 @@ def save_3(state, directory, size=2):
         own = attrs.evolve(contents, stored=mine, tensors=values)
         one = write_tensors(own, map(to_bytes, values), path, f"-rank{rank}" if rank else "")
         files |= one.files
-        written += one.stored
+        written += one.parts
     (path / MANIFEST).write_bytes(dumps(contents.structure, files, written))
     return path
 

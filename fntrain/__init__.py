@@ -8,19 +8,10 @@ from typing import TYPE_CHECKING
 
 from fntrain import data, events, hooks, schedules, shell, writers
 
-# isort: off (it would put each error on a line of its own)
-from fntrain.core.errors import (
-    CheckpointError,
-    ConfigError,
-    DataExhaustedError,
-    FntrainError,
-    GraphError,
-    LaunchError,
-    MissingExtraError,
-    NonFiniteError,
-    ReplicaError,
-    StateConsumedError,
-)
+# Not in the order of the formatter, which would put each error on a line of its own.
+# isort: off
+from fntrain.core.errors import CheckpointError, ConfigError, DataExhaustedError, FntrainError, GraphError
+from fntrain.core.errors import LaunchError, MissingExtraError, NonFiniteError, ReplicaError, StateConsumedError
 
 # isort: on
 from fntrain.core.fold import fit, states

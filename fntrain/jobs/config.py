@@ -90,8 +90,7 @@ def to_dict(config: Any) -> dict[str, Any]:
       >>> to_dict(Config(lr=0.1))["lr"]
       0.1
     """
-    plain: dict[str, Any] = json.loads(json.dumps(attrs.asdict(config), default=_plain))
-    return plain
+    return dict(json.loads(json.dumps(attrs.asdict(config), default=_plain)))
 
 
 def from_dict(like: C, settings: Mapping[str, Any]) -> C:
@@ -108,8 +107,7 @@ def from_dict(like: C, settings: Mapping[str, Any]) -> C:
     if unknown := sorted(settings.keys() - fields.keys()):
         raise ConfigError(f"{type(like).__name__}: has no field {', '.join(unknown)}; it has {', '.join(fields)}")
     values = {name: _restored(kinds[name], value, getattr(like, name)) for name, value in settings.items()}
-    changed: C = attrs.evolve(like, **values)  # type: ignore[misc]
-    return changed
+    return attrs.evolve(like, **values)  # type: ignore[misc]
 
 
 def scale_config(config: C, world_size: int) -> C:
@@ -142,15 +140,9 @@ def scale_config(config: C, world_size: int) -> C:
     scale = world_size / reference
     periods = ("max_steps", "log_every", "eval_every", "checkpoint_every")
     scaled = {name: max(1, round(getattr(settings, name) / scale)) for name in periods}
-    changed: C = attrs.evolve(
-        settings,
-        batch_size=settings.batch_size * world_size // reference,
-        lr=settings.lr * scale,
-        warmup_steps=round(settings.warmup_steps / scale),
-        reference_world_size=world_size,
-        **scaled,
-    )
-    return changed
+    scaled |= {"batch_size": settings.batch_size * world_size // reference, "reference_world_size": world_size}
+    scaled |= {"lr": settings.lr * scale, "warmup_steps": round(settings.warmup_steps / scale)}
+    return attrs.evolve(settings, **scaled)  # type: ignore[no-any-return]
 
 
 def _plain(value: Any) -> Any:
@@ -158,10 +150,8 @@ def _plain(value: Any) -> Any:
         return value.name  # as the command line has it
     if isinstance(value, PurePath):
         return str(value)
-    raise TypeError(
-        f"config: got {type(value).__name__} {value!r}, expected a number, text, None, an enum, a path, or attrs "
-        "records of them"
-    )
+    expected = "a number, text, None, an enum, a path, or attrs records of them"
+    raise TypeError(f"config: got {type(value).__name__} {value!r}, expected {expected}")
 
 
 def _restored(kind: Any, value: Any, old: Any) -> Any:

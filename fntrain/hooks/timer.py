@@ -27,9 +27,8 @@ class IterationTimer:
     @contextmanager
     def __call__(self) -> Iterator[Hook]:
         clock = _Clock(self.warmup_steps)
-        live = hook(before_step=clock.before_step, after_step=clock.after_step)
         try:
-            yield attrs.evolve(live, wrap_data=clock.wrap_data)
+            yield hook(before_step=clock.before_step, after_step=clock.after_step, wrap_data=clock.wrap_data)
         finally:
             clock.finish()  # opened first, so closed last: the time that other hooks take at the end counts
 
@@ -37,21 +36,18 @@ class IterationTimer:
 class _Clock:
     """What the hook holds during one run: when its step began, and what the steps after the warm-up have taken."""
 
-    __slots__ = ("begin", "data", "end", "hooks", "in_hooks", "num_steps", "steps", "warmup_steps")
-
     def __init__(self, warmup_steps: int) -> None:
         self.warmup_steps = warmup_steps
         self.num_steps = 0
         self.data = self.steps = self.hooks = 0.0
         self.begin = self.end = time.perf_counter()
-        self.in_hooks = False
+        self.in_hooks = False  # whether what comes after `end` is time of hooks
 
     def wrap_data(self, batches: Iterator[Any]) -> Iterator[Any]:
         while True:
             start = time.perf_counter()
-            if self.in_hooks:  # the hooks of the step before
-                self.hooks += start - self.end
-                self.in_hooks = False
+            self.hooks += start - self.end if self.in_hooks else 0.0  # the hooks of the step before
+            self.in_hooks = False
             try:
                 batch = next(batches)
             except StopIteration:
@@ -78,16 +74,11 @@ class _Clock:
         num_steps = self.num_steps - self.warmup_steps
         if num_steps <= 0:
             return
-        if self.in_hooks:  # not when a step raised: its time is not one of hooks
-            self.hooks += time.perf_counter() - self.end
-        _log.info(
-            "%d steps in %s (%.3g s / step); total %s, %s in hooks",
-            num_steps,
-            duration(self.steps),
-            self.steps / num_steps,
-            duration(self.steps + self.hooks),
-            duration(self.hooks),
-        )
+        # When a step raised, the time since the last one is that step's, not of hooks.
+        hooks = self.hooks + (time.perf_counter() - self.end if self.in_hooks else 0.0)
+        steps, total, in_hooks = map(duration, (self.steps, self.steps + hooks, hooks))
+        text = "%d steps in %s (%.3g s / step); total %s, %s in hooks"
+        _log.info(text, num_steps, steps, self.steps / num_steps, total, in_hooks)
 
 
 def iteration_timer(*, warmup_steps: int = 3, name: str = "iteration_timer") -> AnyHook:

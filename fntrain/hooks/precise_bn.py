@@ -24,7 +24,7 @@ from fntrain.steps.batch import Batch, move_batch
 from fntrain.steps.module import bound
 
 Moments = tuple[int, Tensor, Tensor]  # count, mean and sum of squared differences from it, by channel
-_USE = 0x707265_626E  # keeps the draws of these forwards apart from those of the step
+_USE = 0x707265_626E  # part of the seed, so that these forwards do not draw what the step draws
 
 
 @attrs.frozen
@@ -37,10 +37,9 @@ class PreciseBN:
     forward: Callable[[nn.Module, Batch], Any]
 
     def __call__(self, state: TrainState) -> TrainState | None:
-        layers = self._layers(state)
+        layers, ranks = self._layers(state), state.run.ranks
         if not layers:
             return None  # all frozen
-        ranks = state.run.ranks
         given, found = self._measured(state, layers.values())
         measured = {name: found[module] for name, module in layers.items() if module in found}
         if ranks.world_size > 1:
@@ -58,12 +57,12 @@ class PreciseBN:
 
     def _layers(self, state: TrainState) -> dict[str, nn.Module]:
         """The layers that are in training mode, by the names of their means in the state."""
-        layers = {
-            f"{name}.running_mean" if name else "running_mean": module
-            for name, module in self.model.named_modules()
-            if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
+        modules = {f"{name}.running_mean".lstrip("."): module for name, module in self.model.named_modules()}
+        return {
+            name: one
+            for name, one in modules.items()
+            if _has_statistics(one) and one.training and name in state.buffers
         }
-        return {name: module for name, module in layers.items() if name in state.buffers}
 
     def _measured(self, state: TrainState, layers: Iterable[nn.Module]) -> tuple[int, dict[nn.Module, Moments]]:
         """Number of batches that this rank has read, and what it found in them."""
@@ -126,16 +125,19 @@ def precise_bn(
 
     Source: detectron2's PreciseBN; Wu and Johnson, Rethinking "Batch" in BatchNorm, https://arxiv.org/abs/2105.07576
     """
-    if not any(isinstance(module, _BatchNorm) and module.running_mean is not None for module in model.modules()):
+    if not any(map(_has_statistics, model.modules())):
         raise ValueError(f"model: {type(model).__name__} has no BatchNorm with running statistics; leave the hook out")
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, DataLoader):
         data = DataLoader(data, batch_size=whole("batch_size", batch_size, 1))
     elif isinstance(data, Iterator) or not hasattr(data, "__iter__"):
-        raise TypeError(
-            f"data: got {type(data).__name__}, expected a data set or a re-iterable of batches (it is read many times)"
-        )
+        expected = "a data set or a re-iterable of batches (it is read many times)"
+        raise TypeError(f"data: got {type(data).__name__}, expected {expected}")
     record = PreciseBN(model, data, whole("num_batches", num_batches, 1), forward or _forward)
     return gates.at_end(gates.every(every, hook(after_step=record, name=name, communicates=True, stops=False)))
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.running_mean is not None
 
 
 def _forward(model: nn.Module, batch: Batch) -> Any:

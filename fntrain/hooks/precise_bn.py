@@ -1,5 +1,6 @@
 """hooks.precise_bn: population statistics in BatchNorm's buffers, instead of a moving average of batches."""
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial, reduce
@@ -132,16 +133,12 @@ def precise_bn(
     elif isinstance(data, Iterator) or not hasattr(data, "__iter__"):
         expected = "a data set or a re-iterable of batches (it is read many times)"
         raise TypeError(f"data: got {type(data).__name__}, expected {expected}")
-    record = PreciseBN(model, data, whole("num_batches", num_batches, 1), forward or _forward)
+    record = PreciseBN(model, data, whole("num_batches", num_batches, 1), forward or operator.call)
     return gates.at_end(gates.every(every, hook(after_step=record, name=name, communicates=True, stops=False)))
 
 
 def _has_statistics(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and module.running_mean is not None
-
-
-def _forward(model: nn.Module, batch: Batch) -> Any:
-    return model(batch)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +103,11 @@ class Tracer:
         self.coming = 0  # number of the coming step if it is to be profiled
         self.first = self.last = 0  # steps of the trace, those whose batch was there
         self.profiler: Any = None
-        self.span: Any = None
+        self.span = ExitStack()  # closes the span of the step under way
 
     def decide(self, state: TrainState) -> None:
-        """Ask about the coming step when this one is done: a step begins when its batch is read."""
-        self.end_step()
+        """Ask about the coming step when this one is done, as a step begins with the reading of its batch."""
+        self.span.close()
         number, run = state.step + 1, state.run
         ends = run.stop is not None or (run.max_steps is not None and number > run.max_steps)
         self.coming = number if not ends and self.settings.when(state.replace(step=number)) else 0
@@ -133,17 +133,12 @@ class Tracer:
             starting = profiler.profile(activities=self.settings.activities, **self.settings.options)
             starting.start()
             self.profiler = starting  # only now: one that did not start can't be stopped
-        self.span = profiler.record_function(f"ProfilerStep#{self.coming}")  # TensorBoard's plug-in knows steps by it
-        self.span.__enter__()
-
-    def end_step(self) -> None:
-        span, self.span = self.span, None
-        if span is not None:
-            span.__exit__(None, None, None)
+        # TensorBoard's plug-in knows steps by this name.
+        self.span.enter_context(profiler.record_function(f"ProfilerStep#{self.coming}"))
 
     def finish(self, _: TrainState) -> None:
         """End the trace and write it, unless no step was done in it."""
-        self.end_step()
+        self.span.close()
         running, first = self.profiler, self.first
         self.profiler, self.first = None, 0
         if running is not None:

@@ -93,7 +93,10 @@ def main(recipe: Recipe, args: Sequence[str] | None = None) -> Result | None:
             print("\n".join(describe(build(recipe, config))))
             return None
         train = partial(_train, recipe, config, task, results)
-        script = Script.running() if args is None and _starts_others(processes) else None
+        several = processes.num_processes * processes.num_machines > 1 or processes.max_restarts > 0
+        started = rank_from_environment(os.environ) is not None or dist.is_initialized()
+        # Processes that `launch` starts run the whole script again; here, or in a rank, the function is enough.
+        script = Script.running() if args is None and several and not started else None
         launch(script or train, **attrs.asdict(processes))
     except FntrainError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
@@ -120,12 +123,6 @@ def _parsed(recipe: Recipe, args: Sequence[str] | None) -> tuple[Any, Task, Proc
     except ConfigError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-
-
-def _starts_others(processes: Processes) -> bool:
-    """Whether `launch` starts other processes, rather than to run in this one as it is or as a rank."""
-    several = processes.num_processes * processes.num_machines > 1 or processes.max_restarts > 0
-    return several and rank_from_environment(os.environ) is None and not dist.is_initialized()
 
 
 def _train(recipe: Recipe, config: Any, task: Task, results: list[Result]) -> None:

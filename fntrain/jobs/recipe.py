@@ -1,10 +1,12 @@
 """Recipe: a training job as a value. Its parts are functions; another job is this one with some of them replaced."""
 
 import logging
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import attrs
+from toolz import identity
 from torch import nn
 
 from fntrain.core.check import function
@@ -25,14 +27,6 @@ from fntrain.steps.optim import Optimizer
 from fntrain.steps.settings import LossFn
 
 _log = logging.getLogger("fntrain")
-
-
-def _identity(value: Any) -> Any:
-    return value
-
-
-def _forward(model: nn.Module, batch: Any) -> Any:
-    return model(batch)
 
 
 @attrs.frozen(kw_only=True, repr=False)
@@ -70,9 +64,9 @@ class Recipe:
     build_step: Callable[[Any, nn.Module, LossFn, Optimizer], StepFn] = defaults.build_step
     build_evaluation: Callable[[Any, nn.Module], EvaluationFn | None] = defaults.no_evaluation
     build_hooks: Callable[[Job], Iterable[AnyHook]] = defaults.default_hooks
-    preprocess: Callable[[Any], Any] = _identity
-    predict_fn: Callable[[nn.Module, Any], Any] = _forward
-    postprocess: Callable[[Any], Any] = _identity
+    preprocess: Callable[[Any], Any] = identity
+    predict_fn: Callable[[nn.Module, Any], Any] = operator.call  # model(batch)
+    postprocess: Callable[[Any], Any] = identity
 
     def __attrs_post_init__(self) -> None:
         kind = type(self.config)

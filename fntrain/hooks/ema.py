@@ -1,6 +1,7 @@
-"""hooks.ema: an exponential moving average of the weights. averaged: the state with it in place of the weights.
+"""hooks.ema: keep an exponential moving average of the weights. averaged: put it in place of the weights.
 
-The average lives in `state.hooks`, so it is in every checkpoint and a state never changes under its holder.
+The average is kept in `state.hooks`, so every checkpoint has it; each update makes a new one, so that older states
+keep theirs.
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from fntrain.core.hook import AnyHook, stateful
 from fntrain.core.state import TrainState, remember
 from fntrain.core.tree import PyTree
 
+# Averaged in float32: in half precision an update by 1 - decay = 0.001 of the difference would be rounded away.
 _LOW = (torch.float16, torch.bfloat16)
 
 
@@ -109,6 +111,7 @@ def _moved(state: TrainState, memory: Mapping[str, Any], weight: float) -> dict[
     whole = _paired(current, memory)
     # Of a tensor that is split over ranks, each rank averages the part that it holds.
     pairs = [(tree.local(new), old if old is None else tree.local(tree.split_like(new, old))) for new, old in whole]
+    # Integers, and what is new in this run, have no mean to move towards the weights.
     moving = [_fits(old, new) and (new.is_floating_point() or new.is_complex()) for new, old in pairs]
     news = [new.float() if new.dtype in _LOW else new for new, _ in pairs]
     olds = [old.to(new) for (_, old), new, moves in zip(pairs, news, moving, strict=True) if moves and old is not None]

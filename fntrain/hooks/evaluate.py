@@ -38,7 +38,7 @@ class Evaluate:
 
 
 def _means(ranks: Ranks, numbers: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """The means over the ranks that have them; the results of `ft.evaluation` are the same on all."""
+    """Return the mean of each result over the ranks that have it; those of `ft.evaluation` are equal on all ranks."""
     values = merge_with(list, *ranks.gather(valmap(float, numbers)))
     return {name: combined(name, [(value, 1.0) for value in several]) for name, several in values.items()}
 

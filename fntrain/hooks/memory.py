@@ -60,7 +60,7 @@ def _measured(state: TrainState) -> dict[MetricName, int]:
     device = next((leaf.device for leaf in state.params.values() if leaf.is_cuda), None)
     if device is not None:
         stats = torch.cuda.memory_stats(device)
-        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_peak_memory_stats(device)  # so that each report has the peak of its own period
         return {name: stats[key] for name, key in CUDA.items()}
     if not (found := process_memory()):
         raise RuntimeError("memory_stats: this platform tells no memory of a process; leave it out on CPU")

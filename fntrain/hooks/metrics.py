@@ -88,7 +88,7 @@ class MetricsLog:
         self.settings = settings
         self.stack = stack  # closes the writers
         self.writes: list[WriteRow] = []  # of the open writers
-        self.valid = -1  # the last step of which the rows written hold; less after a roll-back
+        self.valid = -1  # rows of later steps, if written already, do not hold: the run was rolled back
         self.pending: list[tuple[int, Mapping[str, Any]]] = []  # reports of steps, not sorted into series yet
         self.usual: frozenset[str] = frozenset()  # the names that most steps report
         self.last: Mapping[str, Any] = {}
@@ -104,12 +104,12 @@ class MetricsLog:
         self.newest, self.last = state.step, state.metrics
         self.pending.append((state.step, state.metrics))
         if state.step == state.run.max_steps:
-            return  # written by finish, together with what hooks still report at the end
+            return  # `finish` writes this step, together with what hooks report at the end
         if state.step % self.settings.every == 0:
             self.write(state)
         elif state.metrics.keys() != self.usual or len(self.pending) > self.settings.window:
             self.sort()
-            if results := self.results():  # written at once: if they waited for the next period, a kill would lose them
+            if results := self.results():  # written now: a kill before the next period would lose them
                 self.write_results(state, results)
 
     def open(self, state: TrainState) -> None:
@@ -145,7 +145,7 @@ class MetricsLog:
             return
         *rows, last = self.pending
         self.pending = []
-        for same in (rows, [last]):  # those before the last one have the usual names
+        for same in (rows, [last]):  # `record` sorts as soon as names change, so all but the last have the same
             for name in same[0][1] if same else ():
                 self.take(name, [(step, metrics[name]) for step, metrics in same])
         if not any(getattr(name, "smooth", "") == "each" for name in last[1]):
@@ -156,7 +156,7 @@ class MetricsLog:
         if name not in self.series:
             self.series[name] = Series(self.shown(name), self.settings.window)
         kept = self.series[name].values
-        if {type(value) for _, value in values} == {float}:  # times: most values are of this kind
+        if {type(value) for _, value in values} == {float}:  # the usual case, such as times, needs no check of each
             kept.extend(values)
             return
         for step, value in values:
@@ -169,7 +169,7 @@ class MetricsLog:
                 self.media.setdefault(step, {})[name] = value
 
     def shown(self, name: str) -> Smoothing | Smooth:
-        """How a metric is shown: what the settings say of it, or what it says of itself."""
+        """Return how a metric is shown: as the settings say, or else as its own name says."""
         hint: Smooth = getattr(name, "smooth", "median")
         asked = self.settings.smoothing
         if isinstance(asked, Mapping):
@@ -178,7 +178,7 @@ class MetricsLog:
         return asked if hint == "median" else hint
 
     def results(self) -> dict[str, Series]:
-        """The series of which every value is shown at its own step."""
+        """Return the series in which every value is shown at its own step, such as results of evaluations."""
         return {name: one for name, one in self.series.items() if one.values and one.shown == "each"}
 
     def write(self, state: TrainState) -> None:
@@ -220,7 +220,7 @@ class MetricsLog:
         self.valid = max(self.valid, step)
 
     def combine(self, ranks: Ranks) -> None:
-        """Replace what this rank measured since the last write by what all ranks did; other ranks than 0 forget it."""
+        """Replace the values of this rank since the last write by those of all ranks; only rank 0 keeps them."""
         if ranks.world_size == 1:
             return
         measured = valfilter(lambda one: one.shown != "each", self.series)

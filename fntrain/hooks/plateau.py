@@ -38,7 +38,7 @@ class ReduceLROnPlateau:
         """Compare what the state reports with the best; after too many that are no better, reduce the rates."""
         memory = state.hooks[self.name]
         found = metric_over_ranks(state, self.metric)
-        if found is None or memory["step"] == state.step:  # another hook went back to this step
+        if found is None or memory["step"] == state.step:  # seen already: another hook went back to this step
             return None
         value, best = float(found), memory["best"]
         improved = self.improves(value, best)
@@ -51,6 +51,7 @@ class ReduceLROnPlateau:
 
     def improves(self, value: float, best: float) -> bool:
         """Whether a value is better than the best by more than the threshold; nan is not."""
+        # By the sign of the best value: torch multiplies by 1 - threshold, by which -1 is better than -1.
         part = math.copysign(self.threshold, best) if math.isfinite(best) else 0.0
         return value > best * (1 + part) if self.mode == "max" else value < best * (1 - part)
 

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial, reduce
 from itertools import islice
 from typing import Any
@@ -40,7 +40,7 @@ class PreciseBN:
     def __call__(self, state: TrainState) -> TrainState | None:
         layers, ranks = self._layers(state), state.run.ranks
         if not layers:
-            return None  # all frozen
+            return None  # all layers are in eval mode
         given, found = self._measured(state, layers.values())
         measured = {name: found[module] for name, module in layers.items() if module in found}
         if ranks.world_size > 1:
@@ -50,14 +50,14 @@ class PreciseBN:
         if not given:
             raise ValueError("precise_bn: the data gave no batch")
         buffers = dict(state.buffers)
-        for name, (count, mean, squares) in measured.items():  # a layer that these forwards did not reach is not in it
+        for name, (count, mean, squares) in measured.items():  # without layers that no forward has reached
             variance = name.removesuffix("mean") + "var"
             buffers[name] = mean.to(buffers[name])
             buffers[variance] = (squares / max(count - 1, 1)).to(buffers[variance])
         return state.replace(buffers=buffers)
 
     def _layers(self, state: TrainState) -> dict[str, nn.Module]:
-        """The layers that are in training mode, by the names of their means in the state."""
+        """Return the layers that are in training mode, by the names of their means in the state."""
         modules = {f"{name}.running_mean".lstrip("."): module for name, module in self.model.named_modules()}
         return {
             name: one
@@ -66,8 +66,9 @@ class PreciseBN:
         }
 
     def _measured(self, state: TrainState, layers: Iterable[nn.Module]) -> tuple[int, dict[nn.Module, Moments]]:
-        """Number of batches that this rank has read, and what it found in them."""
+        """Return how many batches this rank has read, and the moments of each layer's inputs in them."""
         device, ranks = next(iter(state.params.values())).device, state.run.ranks
+        # Ranks that share statistics need each other in every forward: one without a batch runs along, uncounted.
         syncs = any(isinstance(one, nn.SyncBatchNorm) and one.training for one in self.model.modules())
         given, counted = 0, {}
         with preserved_generators(), bound(self.model, state), torch.no_grad(), events.collecting():
@@ -143,7 +144,7 @@ def _has_statistics(module: nn.Module) -> bool:
 
 @contextmanager
 def _measuring(layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Moments]]:
-    """Measure what each layer is given, in float64."""
+    """Measure the inputs of each layer in float64, while the block runs."""
     found: dict[nn.Module, Moments] = {}
 
     def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -151,12 +152,10 @@ def _measuring(layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Moments]
         new = (values.shape[1], values.mean(1), values.var(1, correction=0) * values.shape[1])
         found[module] = _merged(found[module], new) if module in found else new
 
-    handles = [layer.register_forward_pre_hook(look) for layer in layers]
-    try:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(look).remove)
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _merged(a: Moments, b: Moments) -> Moments:

@@ -96,12 +96,12 @@ def profile(
 
 
 class Tracer:
-    """What the hook holds during one run: the profiler of the stretch under way, if there is one."""
+    """What the hook holds during one run: the profiler, while steps are traced."""
 
     def __init__(self, settings: Profile) -> None:
         self.settings = settings
-        self.coming = 0  # number of the coming step if it is to be profiled
-        self.first = self.last = 0  # steps of the trace, those whose batch was there
+        self.coming = 0  # number of the coming step, 0 if it is not to be profiled
+        self.first = self.last = 0  # steps in the trace; one whose batch could not be read does not count
         self.profiler: Any = None
         self.span = ExitStack()  # closes the span of the step under way
 
@@ -150,7 +150,7 @@ class Tracer:
         path = Path(self.settings.directory, f"trace_step.{first:08d}.pt.trace.json{'.gz' * self.settings.gzip}")
         path.unlink(missing_ok=True)
         done.export_chrome_trace(str(path))
-        if not path.exists():  # torch only prints that it failed
+        if not path.exists():  # torch prints that it failed, and does not raise
             steps = f"steps {first} to {self.last}"
             raise OSError(f"{path}: torch could not write the trace of {steps}; its output says why")
         _log.info("profile: steps %d to %d in %s", first, self.last, path)

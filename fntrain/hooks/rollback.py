@@ -1,6 +1,7 @@
-"""hooks.rollback_on_spike: go back to an earlier state when the loss jumps, and on with other data.
+"""hooks.rollback_on_spike: when the loss jumps, go back to an earlier state and go on with other data.
 
-What decides (the last values, the roll-backs so far) is in `state.hooks`; the states to go back to are not.
+The last values and the roll-backs so far are in `state.hooks` and in every checkpoint; the states to go back to are
+in memory only.
 """
 
 import logging
@@ -113,7 +114,7 @@ class RollBack:
         yield hook(before_train=watch.start, after_step=watch.look)
 
     def judge(self, memory: Mapping[str, Any], values: list[float]) -> tuple[dict[str, Any], str | None]:
-        """The memory after some values, and what is wrong with one of them."""
+        """Return the memory after some values, and a text if one of them is a spike."""
         window, nonfinite, problem = memory["window"].tolist(), memory["nonfinite"], None
         for value in values:
             nonfinite = 0 if math.isfinite(value) else nonfinite + 1
@@ -128,11 +129,11 @@ class RollBack:
         return {**memory, "window": _leaf(window), "nonfinite": nonfinite, "pending": []}, problem
 
     def recent(self, memory: Mapping[str, Any], position: int) -> list[int]:
-        """The positions of the roll-backs that still count."""
+        """Return the positions of the roll-backs that still count towards `max_rollbacks`."""
         return [at for at in memory["rollbacks"] if position - at < self.within_steps]
 
     def stopped(self, state: TrainState, problem: str) -> TrainState:
-        """The state, asking to stop because there were too many roll-backs."""
+        """Return the state with a request to stop, as there were too many roll-backs."""
         often = f"after {self.max_rollbacks} roll-backs within {self.within_steps} batches"
         return stop(state, f"{self.name}: {problem}, {often}; this is the state of step {state.step}")
 
@@ -158,7 +159,7 @@ class _SpikeWatch:
     def look(self, state: TrainState) -> TrainState | None:
         record, memory, problem = self.record, dict(state.hooks[self.record.name]), None
         if state.step <= memory["step"]:
-            return None  # another hook has gone back to a step that was looked at already
+            return None  # this step was looked at already: another hook went back
         memory["step"] = state.step
         value = metric_over_ranks(state, record.metric)
         memory["pending"] = [*memory["pending"], *([] if value is None else [value])]
@@ -172,6 +173,7 @@ class _SpikeWatch:
         return new
 
     def keep(self, state: TrainState) -> None:
+        # A state of this step or a later one belongs to a branch that the run has left.
         self.kept = [one for one in self.kept if one.state.step < state.step][1 - NUM_KEPT :]
         self.kept.append(Kept.of(state, on_host=self.record.on_host))
 
@@ -180,7 +182,7 @@ class _SpikeWatch:
         self.kept = [one for one in self.kept if one.state.step < state.step]
         if len(self.kept) > 1 and self.kept[-1].used:
             self.kept.pop()
-        if not self.kept:  # another hook went back further than this one remembers
+        if not self.kept:  # another hook went back to a step before all kept states
             return stop(state, f"{record.name}: {problem}, and there is no earlier state to go back to")
         old = self.kept[-1].restored()
         self.kept[-1].used = True
@@ -194,7 +196,7 @@ class _SpikeWatch:
 
 @attrs.define(eq=False)
 class Kept:
-    """A copy of a state, and where its tensors were."""
+    """A copy of a state, and the devices of its tensors before."""
 
     state: TrainState
     devices: list[torch.device]
@@ -206,7 +208,7 @@ class Kept:
         return cls(_copied(state, repeat(torch.device("cpu")) if on_host else devices), devices)
 
     def restored(self) -> TrainState:
-        """A copy, its tensors where they were."""
+        """Return a copy with each tensor on its device from before."""
         return _copied(self.state, self.devices)
 
 

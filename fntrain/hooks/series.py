@@ -1,4 +1,4 @@
-"""The values of one metric on their way from the steps to the writers, and the one number that is shown for them."""
+"""Series: the values of one metric between the steps and the writers, and the one number that is shown for them."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ _NUMBERS: dict[str, Callable[[History], float]] = {
     "mean": History.average,
     "sum": lambda history: sum(history.numbers),
 }
-MAX_TOTALS = 10_000  # steps: a roll-back of more begins the mean over the run anew
+MAX_TOTALS = 10_000  # a roll-back of more steps starts the mean over the run again
 
 
 class Series:
@@ -52,12 +52,12 @@ class Series:
             self.totals.pop()
 
     def forget_values(self, step: int) -> None:
-        """Drop the values of later steps, not the sums."""
+        """Drop the values of later steps; keep the sums."""
         while self.values and self.values[-1][0] > step:
             self.values.pop()
 
     def trim(self, written: int, step: int) -> None:
-        """Drop what is out of the window at a step; without a window, what is written already."""
+        """Drop the values outside the window that ends at a step; without a window, those written already."""
         oldest = written if self.window is None else step - self.window
         while self.values and self.values[0][0] <= oldest:
             self.values.popleft()
@@ -102,6 +102,7 @@ def to_host(values: Sequence[Any]) -> list[float]:
       >>> to_host([1, torch.tensor(2.0)])
       [1.0, 2.0]
     """
+    # A value on a device is read in one transfer with all others: each read of its own would wait for the device.
     waits = [isinstance(value, Tensor) and stalls(value) for value in values]
     numbers = [0.0 if wait else float(value) for value, wait in zip(values, waits, strict=True)]
     waiting = [index for index, wait in enumerate(waits) if wait]

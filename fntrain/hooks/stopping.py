@@ -88,7 +88,7 @@ class EarlyStopping:
 
     @contextmanager
     def __call__(self) -> Iterator[Hook]:
-        # `stopped` at the start too: a run that this hook has stopped stops again when it is resumed.
+        # Also before the first step: a run that this hook has stopped must stop again when it is resumed.
         yield hook(before_train=self.stopped, after_step=self.count, after_train=self.warn_unseen)
 
     def count(self, state: TrainState) -> TrainState | None:
@@ -104,7 +104,7 @@ class EarlyStopping:
     def improves(self, value: float, best: float | None) -> bool:
         """Whether a value is better than the best by more than `min_delta`; inf and nan are not."""
         if best is None or not math.isfinite(value):
-            return math.isfinite(value)
+            return math.isfinite(value)  # the first finite score is the best
         return value > best + self.min_delta if self.mode == "max" else value < best - self.min_delta
 
     def stopped(self, state: TrainState) -> TrainState:

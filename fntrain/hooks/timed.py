@@ -16,7 +16,7 @@ _log = logging.getLogger("fntrain")
 
 @attrs.frozen
 class Spent:
-    """What the hooks of one `timed` have cost, by hook and phase; shared by them, and empty outside of a run."""
+    """The seconds that the hooks of one `timed` took, by hook and phase; they share it. Empty outside of a run."""
 
     phases: dict[str, dict[str, list[float]]] = attrs.field(factory=dict, eq=False, repr=False, init=False)
 
@@ -28,7 +28,7 @@ class Spent:
 
     @contextmanager
     def __call__(self) -> Iterator[Hook]:
-        """Give the live hook, and report when it closes: after the hooks listed behind it, as it was opened first."""
+        """Give the live hook, which reports when it closes; opened first, it closes after the hooks that it times."""
         self.phases.clear()
         try:
             yield hook()
@@ -82,7 +82,7 @@ class TimedOpen:
         try:
             with self.opener() as live:
                 self.spent.add(self.label, phase, begin)
-                try:
+                try:  # what happens in the run is not the time of opening or closing
                     yield _timed(live, self.spent, self.label) if isinstance(live, Hook) else live
                 finally:
                     phase, begin = "close", time.perf_counter()

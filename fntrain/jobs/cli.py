@@ -95,7 +95,7 @@ def main(recipe: Recipe, args: Sequence[str] | None = None) -> Result | None:
         train = partial(_train, recipe, config, task, results)
         several = processes.num_processes * processes.num_machines > 1 or processes.max_restarts > 0
         started = rank_from_environment(os.environ) is not None or dist.is_initialized()
-        # Processes that `launch` starts run the whole script again; here, or in a rank, the function is enough.
+        # Other processes run the whole script again, as a recipe defined in it can often not be pickled.
         script = Script.running() if args is None and several and not started else None
         launch(script or train, **attrs.asdict(processes))
     except FntrainError as error:
@@ -104,7 +104,7 @@ def main(recipe: Recipe, args: Sequence[str] | None = None) -> Result | None:
 
 
 def _parsed(recipe: Recipe, args: Sequence[str] | None) -> tuple[Any, Task, Processes]:
-    """Read the flags; what can't be ends the process with status 2, as argparse does it."""
+    """Read the flags; a wrong one ends the process with status 2, as argparse does."""
     try:
         import tyro
     except ImportError as error:
@@ -114,7 +114,7 @@ def _parsed(recipe: Recipe, args: Sequence[str] | None) -> tuple[Any, Task, Proc
         """Train, or go on where an earlier run in --output-dir stopped."""
         return config, task, processes
 
-    # tyro reads the flags off the annotations; without names of their own they have no prefix, such as --config.lr.
+    # tyro makes flags of the annotations; with the name "" it writes --lr rather than --config.lr.
     kinds = {"config": type(recipe.config), "task": Task, "processes": Processes}
     flags.__annotations__ |= {name: Annotated[kind, tyro.conf.arg(name="")] for name, kind in kinds.items()}
     flags.__defaults__ = (recipe.config, Task(), Processes())
@@ -126,7 +126,7 @@ def _parsed(recipe: Recipe, args: Sequence[str] | None) -> tuple[Any, Task, Proc
 
 
 def _train(recipe: Recipe, config: Any, task: Task, results: list[Result]) -> None:
-    """What every rank does."""
+    """Train on one rank; the first rank prints and returns the results."""
     try:
         setup(log_directory(config.output_dir))
         result = run(recipe, config, resume=task.resume, eval_only=task.eval_only)
@@ -168,7 +168,7 @@ def describe(job: Job) -> list[str]:
     """
     source = job.data.at(0) if hasattr(job.data, "at") else iter(job.data)
     batch = list(islice(source, 1))
-    if hasattr(source, "close"):
+    if hasattr(source, "close"):  # ends the workers of a stream
         source.close()
     parts = {
         "config": [_row(name, value) for name, value in _flat(to_dict(job.config))],
@@ -180,6 +180,7 @@ def describe(job: Job) -> list[str]:
         "evaluation": [repr(job.evaluation)],
         "hooks": [f"{number}. {hook!r}" for number, hook in enumerate(flatten(job.hooks), start=1)],
     }
+    # Last, as it changes the weights: the lines above are of the model before the first step.
     metrics = fit(job.step_fn, state=job.state, data=batch, max_steps=1).metrics
     numbers = valfilter(lambda value: isinstance(value, Tensor | int | float), metrics)
     parts["one step"] = [_row(name, f"{float(value):.6g}") for name, value in numbers.items()]
@@ -217,7 +218,7 @@ def _batch(job: Job, batches: Sequence[Any]) -> Iterator[str]:
     for batch in batches:
         try:
             leaves = list(named_leaves(batch, "batch"))
-        except TypeError:  # a class of the user's own
+        except TypeError:  # the batch is an object of a class that the tree does not know
             leaves = [("batch", batch)]
         for name, leaf in leaves:
             shape = f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__

@@ -18,7 +18,7 @@ C = TypeVar("C")
 
 @attrs.frozen
 class _AtLeast:
-    """A validator: the field is a whole number >= low, else a ConfigError names it."""
+    """A validator that raises ConfigError unless the field is a whole number >= low."""
 
     low: int
 
@@ -94,7 +94,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(like: C, settings: Mapping[str, Any]) -> C:
-    """Return a record like another with these settings; what they do not name stays. The way back from `to_dict`.
+    """Return a record like another with these settings; fields that they do not name stay. It inverts `to_dict`.
 
     Raises:
       ConfigError: a setting that the record does not have; the message names it.
@@ -155,7 +155,7 @@ def _plain(value: Any) -> Any:
 
 
 def _restored(kind: Any, value: Any, old: Any) -> Any:
-    """Return what `to_dict` made plain as a value of a field's type; what fits none of its types stays as it is."""
+    """Turn a plain value of `to_dict` back into one of a field's types; it stays as it is if it fits none of them."""
     if attrs.has(type(old)) and isinstance(value, Mapping):
         return from_dict(old, value)
     for one in get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,):

@@ -1,4 +1,4 @@
-"""The parts that a recipe has unless it is given others: optimizer, step, writers, hooks, device, data."""
+"""The default parts of a recipe: optimizer, step, writers, hooks; and how its device and data are chosen."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -50,7 +50,7 @@ def build_optimizer(config: Any, model: nn.Module) -> Optimizer:
 
 
 def build_step(config: Any, model: nn.Module, loss_fn: LossFn, optimizer: Optimizer) -> StepFn:
-    """`supervised_step`, run in place, on a GPU as graphs, by several ranks together; the default of a recipe."""
+    """Make a supervised step: distributed over several ranks, as CUDA graphs on a GPU, or else in place."""
     limits = {"accumulate": config.accumulate, "clip_grad_norm": config.clip_grad_norm}
     step_fn = supervised_step(model, loss_fn, optimizer, precision=config.precision, **limits)
     if ranks().world_size > 1:
@@ -60,7 +60,7 @@ def build_step(config: Any, model: nn.Module, loss_fn: LossFn, optimizer: Optimi
 
 
 def no_evaluation(_config: Any, _model: nn.Module) -> None:
-    """The default of a recipe: nothing is evaluated."""
+    """Evaluate nothing; the default of a recipe."""
 
 
 def build_writers(config: Any) -> Sequence[Writer]:
@@ -146,6 +146,7 @@ def as_data(config: Any, data: Any) -> Any:
       >>> as_data(ft.Config(batch_size=2), [1, 2, 3]).samples(0)
       [(0, 2), (0, 0)]
     """
+    # First: a stream or a loader may have a length and items, as a data set does.
     if hasattr(data, "at") or isinstance(data, DataLoader):
         return data
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):

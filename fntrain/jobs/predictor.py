@@ -27,7 +27,7 @@ from fntrain.steps.module import load_into
 
 @attrs.frozen(kw_only=True)
 class Predictor:
-    """A function of raw inputs; made by `predictor`. The model is its own: training goes on without it."""
+    """A function of raw inputs; made by `predictor`. It owns its model, which training does not change."""
 
     recipe: Recipe = attrs.field(repr=False)
     model: nn.Module = attrs.field(repr=lambda model: type(model).__name__)
@@ -122,6 +122,6 @@ def _config_beside(path: AnyPath, recipe: Recipe) -> Any:
         if kept.is_file():
             try:
                 return from_dict(recipe.config, json.loads(kept.read_bytes()))
-            except (ValueError, AttributeError) as error:
+            except (ValueError, AttributeError) as error:  # no JSON, another field, or no object at the top
                 raise ConfigError(f"{kept}: is not of this recipe ({error}); give config=...") from error
     return recipe.config

@@ -1,4 +1,4 @@
-"""Recipe: a training job as a value. Its parts are functions; another job is this one with some of them replaced."""
+"""Recipe: a training job as a value whose parts are functions. Replace some of them, and it is another job."""
 
 import logging
 import operator
@@ -85,7 +85,7 @@ class Recipe:
 
 
 def build(recipe: Recipe, config: Any = None, *, load_weights: bool = True) -> Job:
-    """Make a recipe live: model, optimizer, data, step, evaluation and hooks, and the state before the first step.
+    """Build the parts of a recipe: model, optimizer, data, step, evaluation, hooks, and the state to start from.
 
     The default generators are seeded with `config.seed` for the model's first weights. With `reference_world_size` the
     config is scaled to the number of processes, see `ft.scale_config`.
@@ -107,7 +107,7 @@ def build(recipe: Recipe, config: Any = None, *, load_weights: bool = True) -> J
     """
     config = scale_config(_config_of(recipe, config), ranks().world_size)
     device = defaults.device_of(config)
-    seed_all(config.seed)
+    seed_all(config.seed)  # of this seed the first weights are drawn
     model = recipe.build_model(config)
     _expect(isinstance(model, nn.Module), "build_model", model, "a torch.nn.Module")
     model.to(device)
@@ -163,6 +163,7 @@ def run(recipe: Recipe, config: Any = None, *, resume: bool = True, eval_only: b
         where = f"{config.output_dir}: holds no checkpoint" if resume else "eval_only without resume: no checkpoint"
         raise CheckpointError(f"{where} to evaluate, and config.weights is None")
     state = resume_or(job.state, config.output_dir) if resume else job.state
+    # `fit` does the same, but `eval_only` leaves it out, and the evaluation asks the state for its ranks.
     state = state.replace(run=Run(ranks=getattr(job.step_fn, "ranks", ALONE)))
     if not eval_only:
         data = defaults.from_position(state.position, job.data)
@@ -171,7 +172,7 @@ def run(recipe: Recipe, config: Any = None, *, resume: bool = True, eval_only: b
 
 
 def called(part: Any) -> str:
-    """Return a function's name, or what else stands for a part of a recipe.
+    """Return the name of a part of a recipe if it is a function, else its repr.
 
     Example:
       >>> called(defaults.build_step), called(3)

@@ -76,7 +76,7 @@ def setup(
 
 
 def log_directory(output_dir: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """Return where the logs of a run go: to its directory or, if that is a URL, to a local one named after it.
+    """Return the directory for the logs of a run: its own or, if that is a URL, a local one named after it.
 
     Example:
       >>> log_directory("runs/digits"), log_directory("s3://bucket/digits")
@@ -119,7 +119,7 @@ def keep_config(directory: str | os.PathLike[str], config: Mapping[str, Any]) ->
     if path.exists():
         try:
             changed = differences(json.loads(path.read_bytes()), config)
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError):  # no JSON, or no object at the top
             changed = [f"{path} was no config"]
         for line in changed:
             _log.warning("config changed since the last run here: %s", line)
@@ -127,6 +127,7 @@ def keep_config(directory: str | os.PathLike[str], config: Mapping[str, Any]) ->
         path.write_bytes(text.encode())
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Renamed when it is whole: a reader, or the next run after a kill, never sees half a file.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -3,7 +3,7 @@
 import os
 import runpy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Annotated, Any
@@ -96,7 +96,7 @@ def main(recipe: Recipe, args: Sequence[str] | None = None) -> Result | None:
         several = processes.num_processes * processes.num_machines > 1 or processes.max_restarts > 0
         started = rank_from_environment(os.environ) is not None or dist.is_initialized()
         # Other processes run the whole script again, as a recipe defined in it can often not be pickled.
-        script = Script.running() if args is None and several and not started else None
+        script = _running_script() if args is None and several and not started else None
         launch(script or train, **attrs.asdict(processes))
     except FntrainError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
@@ -140,25 +140,13 @@ def _train(recipe: Recipe, config: Any, task: Task, results: list[Result]) -> No
             print(f"  {name:<24}{value:.6g}")
 
 
-@attrs.frozen
-class Script:
-    """The running script, for other processes to run too: the functions of a recipe then need not be pickled."""
-
-    path: str
-    module: str | None
-
-    @classmethod
-    def running(cls) -> "Script | None":
-        """Return the script of this process; None in a notebook and wherever else there is no file."""
-        main: Any = sys.modules["__main__"]
-        path, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
-        return None if path is None else cls(path, spec.name if spec is not None else None)
-
-    def __call__(self) -> None:
-        if self.module is None:
-            runpy.run_path(self.path, run_name="__main__")
-        else:
-            runpy.run_module(self.module, run_name="__main__", alter_sys=True)
+def _running_script() -> Callable[[], object] | None:
+    """Return a function that runs the script of this process; None in a notebook and wherever else there is no file."""
+    main: Any = sys.modules["__main__"]
+    path, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
+    if path is None or spec is None:
+        return None if path is None else partial(runpy.run_path, path, run_name="__main__")
+    return partial(runpy.run_module, spec.name, run_name="__main__", alter_sys=True)
 
 
 def describe(job: Job) -> list[str]:

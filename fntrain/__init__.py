@@ -7,18 +7,13 @@ Training is a pure fold, state_n = reduce(step_fn, batches, state_0), over a ste
 from typing import TYPE_CHECKING
 
 from fntrain import data, events, hooks, schedules, shell, writers
-from fntrain.core.errors import (
-    CheckpointError,
-    ConfigError,
-    DataExhaustedError,
-    FntrainError,
-    GraphError,
-    LaunchError,
-    MissingExtraError,
-    NonFiniteError,
-    ReplicaError,
-    StateConsumedError,
-)
+
+# Not in the order of the formatter, which would put each error on a line of its own.
+# isort: off
+from fntrain.core.errors import CheckpointError, ConfigError, DataExhaustedError, FntrainError, GraphError
+from fntrain.core.errors import LaunchError, MissingExtraError, NonFiniteError, ReplicaError, StateConsumedError
+
+# isort: on
 from fntrain.core.fold import fit, states
 from fntrain.core.gates import at_end, between, every, first, on_main, when
 from fntrain.core.hook import Hook, Needs, compose, hook, identity, resource, stateful
@@ -27,7 +22,7 @@ from fntrain.core.state import Run, StepFn, Stop, TrainState, digest, named_leav
 from fntrain.core.wrapping import wrap
 from fntrain.evaluation import Evaluation, evaluation
 from fntrain.events import name_scope, put_histogram, put_image, put_scalar, put_scalars, put_text
-from fntrain.lazy import exported_later
+from fntrain.lazy import imported_on_first_use
 from fntrain.shell.checkpoints.resume import resume_or
 from fntrain.shell.checkpoints.save_load import latest, load, save
 from fntrain.steps.batch import num_samples, split_batch
@@ -37,7 +32,7 @@ from fntrain.steps.optim import Optimizer, group, optimizer
 from fntrain.steps.supervised import SupervisedStep, supervised_step
 from fntrain.writers.history import History
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # so that type checkers know the exports that are imported on first use
     from fntrain.jobs.cli import main
     from fntrain.jobs.config import Config, scale_config, to_dict
     from fntrain.jobs.defaults import default_hooks
@@ -47,112 +42,40 @@ if TYPE_CHECKING:
     from fntrain.shell.weights.export import export
     from fntrain.shell.weights.load import load_params
 
-__all__ = [
-    "CheckpointError",
-    "Config",
-    "ConfigError",
-    "DataExhaustedError",
-    "Evaluation",
-    "FntrainError",
-    "GraphError",
-    "History",
-    "Hook",
-    "Job",
-    "LaunchError",
-    "MissingExtraError",
-    "Needs",
-    "NonFiniteError",
-    "Optimizer",
-    "Predictor",
-    "Recipe",
-    "ReplicaError",
-    "Result",
-    "Run",
-    "StateConsumedError",
-    "StepFn",
-    "Stop",
-    "SupervisedStep",
-    "TrainState",
-    "at_end",
-    "between",
-    "bound",
-    "build",
-    "compose",
-    "data",
-    "default_hooks",
-    "digest",
-    "evaluation",
-    "events",
-    "every",
-    "export",
-    "first",
-    "fit",
-    "fold_in",
-    "group",
-    "hook",
-    "hooks",
-    "identity",
-    "init_state",
-    "latest",
-    "load",
-    "load_into",
-    "load_params",
-    "main",
-    "name_scope",
-    "named_leaves",
-    "num_samples",
-    "on_main",
-    "optimizer",
-    "predictor",
-    "preserved_generators",
-    "put_histogram",
-    "put_image",
-    "put_scalar",
-    "put_scalars",
-    "put_text",
-    "remember",
-    "resource",
-    "resume_or",
-    "run",
-    "save",
-    "scale_config",
-    "schedules",
-    "seed_generators",
-    "shell",
-    "snapshot",
-    "split_batch",
-    "stateful",
-    "states",
-    "stop",
-    "supervised_step",
-    "to_dict",
+__all__ = [  # noqa: RUF022 (by theme)
+    # packages and modules
+    "data", "events", "hooks", "schedules", "shell", "writers",
+    # the fold and its state
+    "Run", "StepFn", "Stop", "TrainState", "digest", "fit", "named_leaves", "snapshot", "states", "stop", "wrap",
+    # hooks and gates
+    "Hook", "Needs", "at_end", "between", "compose", "every", "first", "hook", "identity", "on_main", "remember",
+    "resource", "stateful", "when",
+    # steps
+    "Optimizer", "SupervisedStep", "bound", "group", "init_state", "load_into", "optimizer", "supervised_step",
     "weighted",
-    "when",
-    "wrap",
-    "writers",
-]
+    # batches and random numbers
+    "fold_in", "num_samples", "preserved_generators", "seed_generators", "split_batch",
+    # metrics and evaluation
+    "Evaluation", "History", "evaluation", "name_scope", "put_histogram", "put_image", "put_scalar", "put_scalars",
+    "put_text",
+    # checkpoints and weights
+    "export", "latest", "load", "load_params", "resume_or", "save",
+    # jobs
+    "Config", "Job", "Predictor", "Recipe", "Result", "build", "default_hooks", "main", "predictor", "run",
+    "scale_config", "to_dict",
+    # errors
+    "CheckpointError", "ConfigError", "DataExhaustedError", "FntrainError", "GraphError", "LaunchError",
+    "MissingExtraError", "NonFiniteError", "ReplicaError", "StateConsumedError",
+]  # fmt: skip
 
-__getattr__ = exported_later(
-    globals(),
-    {
-        "Config": "fntrain.jobs.config",
-        "Job": "fntrain.jobs.job",
-        "Predictor": "fntrain.jobs.predictor",
-        "Recipe": "fntrain.jobs.recipe",
-        "Result": "fntrain.jobs.job",
-        "build": "fntrain.jobs.recipe",
-        "default_hooks": "fntrain.jobs.defaults",
-        "export": "fntrain.shell.weights.export",
-        "load_params": "fntrain.shell.weights.load",
-        "jobs": "fntrain.jobs",
-        "main": "fntrain.jobs.cli",
-        "predictor": "fntrain.jobs.predictor",
-        "run": "fntrain.jobs.recipe",
-        "scale_config": "fntrain.jobs.config",
-        "to_dict": "fntrain.jobs.config",
-    },
-)
-
-
-def __dir__() -> list[str]:
-    return __all__
+_ON_FIRST_USE = {
+    "jobs.cli": "main",
+    "jobs.config": "Config scale_config to_dict",
+    "jobs.defaults": "default_hooks",
+    "jobs.job": "Job Result",
+    "jobs.predictor": "Predictor predictor",
+    "jobs.recipe": "Recipe build run",
+    "shell.weights.export": "export",
+    "shell.weights.load": "load_params",
+}
+__getattr__, __dir__ = imported_on_first_use(globals(), _ON_FIRST_USE)

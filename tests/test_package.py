@@ -78,6 +78,42 @@ def test_every_export_is_documented_with_an_example(name):
         assert len(thing.__doc__.splitlines()) <= 36, name
 
 
+PACKAGES = (ft, ft.shell, ft.writers)
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_a_package_shows_its_exports_and_nothing_else(package):
+    """`dir` lists `__all__`, every name of it is there, and any other is an AttributeError."""
+    assert dir(package) == sorted(set(package.__all__))
+    assert all(hasattr(package, name) for name in package.__all__)
+    with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'nothing'"):
+        package.nothing  # noqa: B018
+
+
+def typed_imports(source):
+    """Module -> names of what a source imports for type checkers only."""
+    blocks = [node for node in ast.parse(source).body if isinstance(node, ast.If)]
+    found = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
+    return {node.module: {alias.name for alias in node.names} for node in found}
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_type_checkers_see_what_is_imported_on_first_use(package):
+    """The same names from the same modules, all of them exports."""
+    table = {f"{package.__name__}.{module}": set(names.split()) for module, names in package._ON_FIRST_USE.items()}
+    assert typed_imports(pathlib.Path(package.__file__).read_text()) == table
+    assert set().union(*table.values()) <= set(package.__all__)
+
+
+def test_sub_packages_are_there_on_first_use():
+    """Before anything else has imported them: in a new process."""
+    code = (
+        "import fntrain as ft; print(ft.jobs.recipe.__name__, ft.shell.weights.__name__, ft.shell.launching.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["fntrain.jobs.recipe", "fntrain.shell.weights", "fntrain.shell.launching"]
+
+
 def test_importing_changes_nothing():
     """Logging, environment, generators, default settings and CUDA are as before; what training does not need is not loaded."""
     code = """

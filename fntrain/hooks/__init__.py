@@ -23,24 +23,13 @@ from fntrain.hooks.stopping import early_stopping, stop_when
 from fntrain.hooks.timed import timed
 from fntrain.hooks.timer import iteration_timer
 
-__all__ = [
-    "averaged",
-    "best_checkpoint",
-    "check_replicas",
-    "checkpoint",
-    "early_stopping",
-    "ema",
-    "evaluate",
-    "iteration_timer",
-    "keep_best",
-    "memory_stats",
-    "on_signal",
-    "precise_bn",
-    "profile",
-    "progress_bar",
-    "reduce_lr_on_plateau",
-    "rollback_on_spike",
-    "stop_when",
-    "timed",
-    "write_metrics",
-]
+__all__ = [  # noqa: RUF022 (by theme)
+    # stopping and going back
+    "early_stopping", "on_signal", "rollback_on_spike", "stop_when",
+    # checkpoints
+    "best_checkpoint", "checkpoint", "keep_best",
+    # what is trained and measured
+    "averaged", "check_replicas", "ema", "evaluate", "precise_bn", "reduce_lr_on_plateau",
+    # reports
+    "iteration_timer", "memory_stats", "profile", "progress_bar", "timed", "write_metrics",
+]  # fmt: skip

@@ -1,9 +1,11 @@
-"""hooks.ema: an exponential moving average of the weights. averaged: the state with it in place of the weights.
+"""hooks.ema: keep an exponential moving average of the weights. averaged: put it in place of the weights.
 
-The average lives in `state.hooks`, so it is in every checkpoint and a state never changes under its holder.
+The average is kept in `state.hooks`, so every checkpoint has it; each update makes a new one, so that older states
+keep theirs.
 """
 
 from collections.abc import Mapping
+from itertools import compress
 from typing import Any
 
 import attrs
@@ -16,6 +18,7 @@ from fntrain.core.hook import AnyHook, stateful
 from fntrain.core.state import TrainState, remember
 from fntrain.core.tree import PyTree
 
+# Averaged in float32: in half precision an update by 1 - decay = 0.001 of the difference would be rounded away.
 _LOW = (torch.float16, torch.bfloat16)
 
 
@@ -46,7 +49,7 @@ def ema(decay: float = 0.999, *, every: int = 1, warmup: bool = True, name: str 
     Source: Polyak and Juditsky 1992; the warm-up is that of tf.train.ExponentialMovingAverage
     """
     number("decay", decay, lambda decay: 0 <= decay < 1, "in [0, 1)")
-    return gates.every(every, stateful(name, _Start(), after_step=Ema(name, decay, warmup), stops=False))
+    return gates.every(every, stateful(name, _start, after_step=Ema(name, decay, warmup), stops=False))
 
 
 def averaged(state: TrainState, name: str = "ema") -> TrainState:
@@ -77,9 +80,8 @@ def averaged(state: TrainState, name: str = "ema") -> TrainState:
         pairs = _paired(current, memory[field])
         if not all(_fits(old, new) for new, old in pairs):
             raise ValueError(f"state.hooks[{name!r}]: averages of another model than state.{field}, by names or shapes")
-        changes[field] = _filled(
-            current, [tree.split_like(new, old).to(new.dtype) for new, old in pairs if old is not None]
-        )
+        averages = [tree.split_like(new, old).to(new.dtype) for new, old in pairs if old is not None]
+        changes[field] = _filled(current, averages)
     return state.replace(**changes)
 
 
@@ -98,43 +100,36 @@ class Ema:
         return remember(state, self.name, {**_moved(state, memory, 1 - decay), "updates": updates + 1})
 
 
-@attrs.frozen
-class _Start:
-    """The memory at the start."""
-
-    def __call__(self, state: TrainState) -> dict[str, Any]:
-        return {**_moved(state, {"params": {}, "buffers": {}}, 1.0), "updates": 0}
+def _start(state: TrainState) -> dict[str, Any]:
+    """Return the memory at the start: a copy of the weights."""
+    return {**_moved(state, {"params": {}, "buffers": {}}, 1.0), "updates": 0}
 
 
 def _moved(state: TrainState, memory: Mapping[str, Any], weight: float) -> dict[str, Any]:
     """Move the averages by `weight` towards the state's tensors, in new memory; what has no average is copied."""
     current = {"params": state.params, "buffers": state.buffers}
-    kinds = tree.tensors(current)  # each rank averages the part that it holds
-    pairs = [
-        (tree.local(new), old if old is None else tree.local(tree.split_like(new, old)))
-        for new, old in _paired(current, memory)
-    ]
+    whole = _paired(current, memory)
+    # Of a tensor that is split over ranks, each rank averages the part that it holds.
+    pairs = [(tree.local(new), old if old is None else tree.local(tree.split_like(new, old))) for new, old in whole]
+    # Integers, and what is new in this run, have no mean to move towards the weights.
     moving = [_fits(old, new) and (new.is_floating_point() or new.is_complex()) for new, old in pairs]
     news = [new.float() if new.dtype in _LOW else new for new, _ in pairs]
+    olds = [old.to(new) for (_, old), new, moves in zip(pairs, news, moving, strict=True) if moves and old is not None]
     copies = iter(tree.clone_tensors([new for new, moves in zip(news, moving, strict=True) if not moves]))
-    olds = [old.to(new) for new, (_, old), moves in zip(news, pairs, moving, strict=True) if moves and old is not None]
     with torch.no_grad():
-        towards = [new for new, moves in zip(news, moving, strict=True) if moves]
-        means = iter(torch._foreach_lerp(olds, towards, weight) if olds else ())
-    averages = [next(means if moves else copies) for moves in moving]
-    return dict(_filled(current, [tree.relocated(kind, one) for kind, one in zip(kinds, averages, strict=True)]))
+        means = iter(torch._foreach_lerp(olds, list(compress(news, moving)), weight) if olds else ())
+    averages = [
+        tree.relocated(new, next(means if moves else copies)) for (new, _), moves in zip(whole, moving, strict=True)
+    ]
+    return dict(_filled(current, averages))
 
 
 def _paired(current: PyTree, memory: PyTree) -> list[tuple[Tensor, Tensor | None]]:
     """Pair every tensor of a tree with that of the same name in memory, which may have another order or lack it."""
-    pairs: list[tuple[Tensor, Tensor | None]] = []
-    for name, value in current.items():
-        kept = memory.get(name)
-        if isinstance(value, Tensor):
-            pairs.append((value, kept if isinstance(kept, Tensor) else None))
-        else:
-            pairs += _paired(value, kept if isinstance(kept, Mapping) else {})
-    return pairs
+    if isinstance(current, Tensor):
+        return [(current, memory if isinstance(memory, Tensor) else None)]
+    kept = memory if isinstance(memory, Mapping) else {}
+    return [pair for name, value in current.items() for pair in _paired(value, kept.get(name))]
 
 
 def _filled(current: PyTree, tensors: list[Tensor]) -> PyTree:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
-from toolz import merge_with, valmap
+from toolz import keymap, merge_with, valmap
 from torch import Tensor
 
 from fntrain.core import gates
@@ -20,7 +20,7 @@ from fntrain.metrics import combined
 
 @attrs.frozen
 class Evaluate:
-    """The callback: runs a function of the state and adds what it says to the metrics."""
+    """The callback: runs a function of the state and adds its results to the metrics."""
 
     fn: Callable[[TrainState], Mapping[str, Any]] = attrs.field(repr=lambda fn: getattr(fn, "__qualname__", repr(fn)))
     prefix: str
@@ -33,14 +33,12 @@ class Evaluate:
         numbers = {name: _number(name, value) for name, value in flattened(results).items()}
         if state.run.ranks.world_size > 1:
             numbers = _means(state.run.ranks, numbers)
-        shown = {
-            MetricName(f"{self.prefix}{name}", reduce="same", smooth="each"): number for name, number in numbers.items()
-        }
-        return state.replace(metrics={**state.metrics, **shown})
+        named = keymap(lambda name: MetricName(f"{self.prefix}{name}", reduce="same", smooth="each"), numbers)
+        return state.replace(metrics={**state.metrics, **named})
 
 
 def _means(ranks: Ranks, numbers: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """The means over the ranks that have them; the results of `ft.evaluation` are the same on all."""
+    """Return the mean of each result over the ranks that have it; those of `ft.evaluation` are equal on all ranks."""
     values = merge_with(list, *ranks.gather(valmap(float, numbers)))
     return {name: combined(name, [(value, 1.0) for value in several]) for name, several in values.items()}
 
@@ -88,6 +86,6 @@ def evaluate(
     """
     function("fn", fn, "a function of the state, such as ft.evaluation(...)")
     needs = [] if weights is None else [Needs("memory", f"reads the memory of {weights!r}", of=weights)]
-    measuring = Evaluate(fn, prefix, weights)
-    reporting = hook(after_step=measuring, name=name, communicates=True, stops=False, makes="metrics", needs=needs)
+    declared: Any = {"communicates": True, "stops": False, "makes": "metrics", "needs": needs}
+    reporting = hook(after_step=Evaluate(fn, prefix, weights), name=name, **declared)
     return gates.at_end(gates.every(every, reporting))

@@ -8,12 +8,17 @@ from fntrain.core.state import TrainState
 from fntrain.events import MetricName
 from fntrain.writers.process import process_memory
 
+
+def _named(name: str) -> MetricName:
+    return MetricName(f"memory/{name}", reduce="max", smooth="latest")
+
+
 CUDA = {
-    MetricName("memory/allocated", reduce="max", smooth="latest"): "allocated_bytes.all.current",
-    MetricName("memory/reserved", reduce="max", smooth="latest"): "reserved_bytes.all.current",
-    MetricName("memory/peak_allocated", reduce="max", smooth="latest"): "allocated_bytes.all.peak",
-    MetricName("memory/alloc_retries", reduce="max", smooth="latest"): "num_alloc_retries",
-    MetricName("memory/ooms", reduce="max", smooth="latest"): "num_ooms",
+    _named("allocated"): "allocated_bytes.all.current",
+    _named("reserved"): "reserved_bytes.all.current",
+    _named("peak_allocated"): "allocated_bytes.all.peak",
+    _named("alloc_retries"): "num_alloc_retries",
+    _named("ooms"): "num_ooms",
 }
 
 
@@ -53,14 +58,10 @@ def _report(state: TrainState) -> TrainState:
 
 def _measured(state: TrainState) -> dict[MetricName, int]:
     device = next((leaf.device for leaf in state.params.values() if leaf.is_cuda), None)
-    if device is None:
-        return _of_process()
-    stats = torch.cuda.memory_stats(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return {name: stats[key] for name, key in CUDA.items()}
-
-
-def _of_process() -> dict[MetricName, int]:
-    if not (told := process_memory()):
+    if device is not None:
+        stats = torch.cuda.memory_stats(device)
+        torch.cuda.reset_peak_memory_stats(device)  # so that each report has the peak of its own period
+        return {name: stats[key] for name, key in CUDA.items()}
+    if not (found := process_memory()):
         raise RuntimeError("memory_stats: this platform tells no memory of a process; leave it out on CPU")
-    return {MetricName(f"memory/{name}", reduce="max", smooth="latest"): size for name, size in told.items()}
+    return {_named(name): size for name, size in found.items()}

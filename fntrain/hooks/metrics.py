@@ -33,7 +33,7 @@ class WriteMetrics:
     @contextmanager
     def __call__(self) -> Iterator[Hook]:
         with ExitStack() as stack:
-            log = MetricsLog(self, Output(self.writers, stack))
+            log = MetricsLog(self, stack)
             yield hook(after_step=log.record, after_train=log.finish)
 
 
@@ -73,54 +73,22 @@ def write_metrics(
     """
     every, window = whole("every", every, 1), whole("window", window, 1)
     several = tuple(writers) if isinstance(writers, Sequence) else (writers,)
-    for writer in several:
-        if not callable(getattr(writer, "open", None)):
-            raise TypeError(
-                f"writers: got {type(writer).__name__}, expected ft.writers.default(...) or records with `open`"
-            )
+    if wrong := [type(one).__name__ for one in several if not callable(getattr(one, "open", None))]:
+        raise TypeError(f"writers: got {wrong[0]}, expected ft.writers.default(...) or records with `open`")
     for asked in smoothing.values() if isinstance(smoothing, Mapping) else (smoothing,):
         one_of("smoothing", asked, get_args(Smoothing), f"one of {', '.join(get_args(Smoothing))}")
     record = WriteMetrics(several, every, window, smoothing)
     return resource(record, name=name, needs=[Needs("metrics", "would not see them")], communicates=True, stops=False)
 
 
-class Output:
-    """The writers, open during one run, and up to which step what they were given holds."""
-
-    def __init__(self, writers: Sequence[Writer], stack: ExitStack) -> None:
-        self.writers = writers
-        self.stack = stack
-        self.writes: list[WriteRow] = []
-        self.valid = -1
-
-    def open(self, state: TrainState) -> None:
-        self.valid = state.run.start_step
-        for writer in self.writers if state.run.ranks.rank == 0 else ():
-            self.writes.append(self.stack.enter_context(writer.open(state.run.start_step)))
-
-    def write(
-        self, state: TrainState, step: int, scalars: Mapping[str, float], media: Any, histories: Mapping[str, History]
-    ) -> None:
-        row = Row(
-            step=step,
-            max_steps=state.run.max_steps,
-            scalars=scalars,
-            media=media,
-            periodic=bool(histories),
-            histories=histories,
-            valid_step=self.valid,
-        )
-        for write in self.writes:
-            write(row)
-        self.valid = max(self.valid, step)
-
-
 class MetricsLog:
     """What the hook holds during one run: what the steps reported and is not written yet."""
 
-    def __init__(self, settings: WriteMetrics, output: Output) -> None:
+    def __init__(self, settings: WriteMetrics, stack: ExitStack) -> None:
         self.settings = settings
-        self.output = output
+        self.stack = stack  # closes the writers
+        self.writes: list[WriteRow] = []  # of the open writers
+        self.valid = -1  # rows of later steps, if written already, do not hold: the run was rolled back
         self.pending: list[tuple[int, Mapping[str, Any]]] = []  # reports of steps, not sorted into series yet
         self.usual: frozenset[str] = frozenset()  # the names that most steps report
         self.last: Mapping[str, Any] = {}
@@ -130,20 +98,25 @@ class MetricsLog:
 
     def record(self, state: TrainState) -> None:
         if self.written < 0:  # a run that is refused, or has nothing to do, must leave the writers' files alone
-            self.written = state.run.start_step
-            self.output.open(state)
+            self.open(state)
         if state.step <= self.newest:
             self.forget(state.step - 1)
         self.newest, self.last = state.step, state.metrics
         self.pending.append((state.step, state.metrics))
         if state.step == state.run.max_steps:
-            return  # written by finish, together with what hooks still report at the end
+            return  # `finish` writes this step, together with what hooks report at the end
         if state.step % self.settings.every == 0:
             self.write(state)
         elif state.metrics.keys() != self.usual or len(self.pending) > self.settings.window:
             self.sort()
-            if results := self.results():  # written at once: if they waited for the next period, a kill would lose them
+            if results := self.results():  # written now: a kill before the next period would lose them
                 self.write_results(state, results)
+
+    def open(self, state: TrainState) -> None:
+        """Open the writers, on the first rank."""
+        self.written = self.valid = state.run.start_step
+        writers = self.settings.writers if state.run.ranks.rank == 0 else ()
+        self.writes = [self.stack.enter_context(writer.open(state.run.start_step)) for writer in writers]
 
     def forget(self, step: int) -> None:
         """Drop what was measured after a step: the run was rolled back to it."""
@@ -151,7 +124,7 @@ class MetricsLog:
         for one in self.series.values():
             one.forget(step)
         self.media = {at: media for at, media in self.media.items() if at <= step}
-        self.written, self.output.valid = min(self.written, step), min(self.output.valid, step)
+        self.written, self.valid = min(self.written, step), min(self.valid, step)
 
     def finish(self, state: TrainState) -> None:
         """Write what is left, with what hooks reported after the last step."""
@@ -172,7 +145,7 @@ class MetricsLog:
             return
         *rows, last = self.pending
         self.pending = []
-        for same in (rows, [last]):  # those before the last one have the usual names
+        for same in (rows, [last]):  # `record` sorts as soon as names change, so all but the last have the same
             for name in same[0][1] if same else ():
                 self.take(name, [(step, metrics[name]) for step, metrics in same])
         if not any(getattr(name, "smooth", "") == "each" for name in last[1]):
@@ -183,21 +156,20 @@ class MetricsLog:
         if name not in self.series:
             self.series[name] = Series(self.shown(name), self.settings.window)
         kept = self.series[name].values
-        if {type(value) for _, value in values} == {float}:  # times: most values are of this kind
+        if {type(value) for _, value in values} == {float}:  # the usual case, such as times, needs no check of each
             kept.extend(values)
             return
         for step, value in values:
             if isinstance(value, Tensor) and value.numel() != 1:
-                raise ValueError(
-                    f"metrics[{name!r}]: got shape {tuple(value.shape)} at step {step}, expected one number"
-                )
+                shape = tuple(value.shape)
+                raise ValueError(f"metrics[{name!r}]: got shape {shape} at step {step}, expected one number")
             if isinstance(value, (Tensor, int, float)):
                 kept.append((step, value))
             else:
                 self.media.setdefault(step, {})[name] = value
 
     def shown(self, name: str) -> Smoothing | Smooth:
-        """How a metric is shown: what the settings say of it, or what it says of itself."""
+        """Return how a metric is shown: as the settings say, or else as its own name says."""
         hint: Smooth = getattr(name, "smooth", "median")
         asked = self.settings.smoothing
         if isinstance(asked, Mapping):
@@ -206,7 +178,7 @@ class MetricsLog:
         return asked if hint == "median" else hint
 
     def results(self) -> dict[str, Series]:
-        """The series of which every value is shown at its own step."""
+        """Return the series in which every value is shown at its own step, such as results of evaluations."""
         return {name: one for name, one in self.series.items() if one.values and one.shown == "each"}
 
     def write(self, state: TrainState) -> None:
@@ -227,23 +199,28 @@ class MetricsLog:
             smoothed = {name: self.series[name].number(history) for name, history in histories.items()}
             rows[state.step] = smoothed | rows.get(state.step, {})
         for step in sorted(rows):
-            periodic = step == state.step
-            self.output.write(state, step, rows[step], self.media.get(step, {}), histories if periodic else {})
-        self.close(results)
-        self.media, self.written = {}, state.step
+            self.write_row(state, step, rows[step], histories if step == state.step else {})
+        self.written = state.step
+        clear(results)
 
     def write_results(self, state: TrainState, results: dict[str, Series]) -> None:
         """Write the results of this step alone, between two periods."""
         scalars = {name: history.latest() for name, history in to_histories(results).items()}
-        self.output.write(state, state.step, scalars, self.media.pop(state.step, {}), {})
-        self.close(results)
+        self.write_row(state, state.step, scalars, {})
+        clear(results)
 
-    def close(self, results: dict[str, Series]) -> None:
-        for one in results.values():
-            one.values.clear()
+    def write_row(
+        self, state: TrainState, step: int, scalars: Mapping[str, float], histories: Mapping[str, History]
+    ) -> None:
+        """Write one row; only the row of a period has histories."""
+        values: dict[str, Any] = {"scalars": scalars, "media": self.media.pop(step, {}), "histories": histories}
+        row = Row(step=step, max_steps=state.run.max_steps, periodic=bool(histories), valid_step=self.valid, **values)
+        for write in self.writes:
+            write(row)
+        self.valid = max(self.valid, step)
 
     def combine(self, ranks: Ranks) -> None:
-        """Replace what this rank measured since the last write by what all ranks did; other ranks than 0 forget it."""
+        """Replace the values of this rank since the last write by those of all ranks; only rank 0 keeps them."""
         if ranks.world_size == 1:
             return
         measured = valfilter(lambda one: one.shown != "each", self.series)
@@ -260,3 +237,9 @@ class MetricsLog:
         for name, step in sorted(groups, key=itemgetter(1)):
             self.take(name, [(step, combined(name, [part[2:] for part in groups[name, step]]))])
         self.series.pop(WEIGHT, None)
+
+
+def clear(results: dict[str, Series]) -> None:
+    """Drop the values of results that are written."""
+    for one in results.values():
+        one.values.clear()

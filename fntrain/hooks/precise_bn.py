@@ -1,7 +1,8 @@
 """hooks.precise_bn: population statistics in BatchNorm's buffers, instead of a moving average of batches."""
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial, reduce
 from itertools import islice
 from typing import Any
@@ -24,7 +25,7 @@ from fntrain.steps.batch import Batch, move_batch
 from fntrain.steps.module import bound
 
 Moments = tuple[int, Tensor, Tensor]  # count, mean and sum of squared differences from it, by channel
-_USE = 0x707265_626E  # keeps the draws of these forwards apart from those of the step
+_USE = 0x707265_626E  # part of the seed, so that these forwards do not draw what the step draws
 
 
 @attrs.frozen
@@ -37,10 +38,9 @@ class PreciseBN:
     forward: Callable[[nn.Module, Batch], Any]
 
     def __call__(self, state: TrainState) -> TrainState | None:
-        layers = self._layers(state)
+        layers, ranks = self._layers(state), state.run.ranks
         if not layers:
-            return None  # all frozen
-        ranks = state.run.ranks
+            return None  # all layers are in eval mode
         given, found = self._measured(state, layers.values())
         measured = {name: found[module] for name, module in layers.items() if module in found}
         if ranks.world_size > 1:
@@ -50,24 +50,25 @@ class PreciseBN:
         if not given:
             raise ValueError("precise_bn: the data gave no batch")
         buffers = dict(state.buffers)
-        for name, (count, mean, squares) in measured.items():  # a layer that these forwards did not reach is not in it
+        for name, (count, mean, squares) in measured.items():  # without layers that no forward has reached
             variance = name.removesuffix("mean") + "var"
             buffers[name] = mean.to(buffers[name])
             buffers[variance] = (squares / max(count - 1, 1)).to(buffers[variance])
         return state.replace(buffers=buffers)
 
     def _layers(self, state: TrainState) -> dict[str, nn.Module]:
-        """The layers that are in training mode, by the names of their means in the state."""
-        layers = {
-            f"{name}.running_mean" if name else "running_mean": module
-            for name, module in self.model.named_modules()
-            if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
+        """Return the layers that are in training mode, by the names of their means in the state."""
+        modules = {f"{name}.running_mean".lstrip("."): module for name, module in self.model.named_modules()}
+        return {
+            name: one
+            for name, one in modules.items()
+            if _has_statistics(one) and one.training and name in state.buffers
         }
-        return {name: module for name, module in layers.items() if name in state.buffers}
 
     def _measured(self, state: TrainState, layers: Iterable[nn.Module]) -> tuple[int, dict[nn.Module, Moments]]:
-        """Number of batches that this rank has read, and what it found in them."""
+        """Return how many batches this rank has read, and the moments of each layer's inputs in them."""
         device, ranks = next(iter(state.params.values())).device, state.run.ranks
+        # Ranks that share statistics need each other in every forward: one without a batch runs along, uncounted.
         syncs = any(isinstance(one, nn.SyncBatchNorm) and one.training for one in self.model.modules())
         given, counted = 0, {}
         with preserved_generators(), bound(self.model, state), torch.no_grad(), events.collecting():
@@ -126,25 +127,24 @@ def precise_bn(
 
     Source: detectron2's PreciseBN; Wu and Johnson, Rethinking "Batch" in BatchNorm, https://arxiv.org/abs/2105.07576
     """
-    if not any(isinstance(module, _BatchNorm) and module.running_mean is not None for module in model.modules()):
+    if not any(map(_has_statistics, model.modules())):
         raise ValueError(f"model: {type(model).__name__} has no BatchNorm with running statistics; leave the hook out")
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, DataLoader):
         data = DataLoader(data, batch_size=whole("batch_size", batch_size, 1))
     elif isinstance(data, Iterator) or not hasattr(data, "__iter__"):
-        raise TypeError(
-            f"data: got {type(data).__name__}, expected a data set or a re-iterable of batches (it is read many times)"
-        )
-    record = PreciseBN(model, data, whole("num_batches", num_batches, 1), forward or _forward)
+        expected = "a data set or a re-iterable of batches (it is read many times)"
+        raise TypeError(f"data: got {type(data).__name__}, expected {expected}")
+    record = PreciseBN(model, data, whole("num_batches", num_batches, 1), forward or operator.call)
     return gates.at_end(gates.every(every, hook(after_step=record, name=name, communicates=True, stops=False)))
 
 
-def _forward(model: nn.Module, batch: Batch) -> Any:
-    return model(batch)
+def _has_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.running_mean is not None
 
 
 @contextmanager
 def _measuring(layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Moments]]:
-    """Measure what each layer is given, in float64."""
+    """Measure the inputs of each layer in float64, while the block runs."""
     found: dict[nn.Module, Moments] = {}
 
     def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -152,12 +152,10 @@ def _measuring(layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Moments]
         new = (values.shape[1], values.mean(1), values.var(1, correction=0) * values.shape[1])
         found[module] = _merged(found[module], new) if module in found else new
 
-    handles = [layer.register_forward_pre_hook(look) for layer in layers]
-    try:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(look).remove)
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _merged(a: Moments, b: Moments) -> Moments:

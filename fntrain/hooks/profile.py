@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from fntrain.core.state import TrainState
 _log = logging.getLogger("fntrain")
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen
 class Profile:
     """The parameters of the hook; called, it gives the live one, which holds the profiler."""
 
@@ -37,8 +37,8 @@ class Profile:
             raise ValueError(f"activities: {sorted(one.name for one in missing)} can't be profiled on this machine")
         Path(self.directory).mkdir(parents=True, exist_ok=True)
         tracer = Tracer(self)
-        callbacks = hook(before_train=tracer.decide, after_step=tracer.decide, after_train=tracer.finish)
-        yield attrs.evolve(callbacks, wrap_data=tracer.wrap_data)
+        decide = tracer.decide
+        yield hook(before_train=decide, after_step=decide, after_train=tracer.finish, wrap_data=tracer.wrap_data)
 
 
 def profile(
@@ -84,34 +84,30 @@ def profile(
     """
     function("when", when, "a function such as lambda state: state.step < 20")
     several: Any = activities if isinstance(activities, list | tuple) else (activities,)
+    members = "expected members of torch.profiler.ProfilerActivity"
     if not several:
-        raise ValueError("activities: got none, expected members of torch.profiler.ProfilerActivity, or None")
+        raise ValueError(f"activities: got none, {members}, or None")
     if activities is not None and (wrong := [one for one in several if not isinstance(one, ProfilerActivity)]):
-        raise TypeError(f"activities: got {wrong[0]!r}, expected members of torch.profiler.ProfilerActivity")
-    record = Profile(
-        directory=os.fspath(directory),
-        when=when,
-        activities=None if activities is None else tuple(several),
-        options={"record_shapes": record_shapes, "with_stack": with_stack, "profile_memory": profile_memory},
-        gzip=gzip,
-        top_ops=whole("top_ops", top_ops, 0),
-    )
+        raise TypeError(f"activities: got {wrong[0]!r}, {members}")
+    chosen = None if activities is None else tuple(several)
+    options = {"record_shapes": record_shapes, "with_stack": with_stack, "profile_memory": profile_memory}
+    record = Profile(os.fspath(directory), when, chosen, options, gzip, whole("top_ops", top_ops, 0))
     return gates.on_main(resource(record, name=name))
 
 
 class Tracer:
-    """What the hook holds during one run: the profiler of the stretch under way, if there is one."""
+    """What the hook holds during one run: the profiler, while steps are traced."""
 
     def __init__(self, settings: Profile) -> None:
         self.settings = settings
-        self.coming = 0  # number of the coming step if it is to be profiled
-        self.first = self.last = 0  # steps of the trace, those whose batch was there
+        self.coming = 0  # number of the coming step, 0 if it is not to be profiled
+        self.first = self.last = 0  # steps in the trace; one whose batch could not be read does not count
         self.profiler: Any = None
-        self.span: Any = None
+        self.span = ExitStack()  # closes the span of the step under way
 
     def decide(self, state: TrainState) -> None:
-        """Ask about the coming step when this one is done: a step begins when its batch is read."""
-        self.end_step()
+        """Ask about the coming step when this one is done, as a step begins with the reading of its batch."""
+        self.span.close()
         number, run = state.step + 1, state.run
         ends = run.stop is not None or (run.max_steps is not None and number > run.max_steps)
         self.coming = number if not ends and self.settings.when(state.replace(step=number)) else 0
@@ -136,20 +132,15 @@ class Tracer:
                 raise RuntimeError("profile: another torch profiler is running; end it, or leave this hook out")
             starting = profiler.profile(activities=self.settings.activities, **self.settings.options)
             starting.start()
-            self.profiler = starting
-        self.span = profiler.record_function(f"ProfilerStep#{self.coming}")  # the plug-in knows steps by it
-        self.span.__enter__()
-
-    def end_step(self) -> None:
-        span, self.span = self.span, None
-        if span is not None:
-            span.__exit__(None, None, None)
+            self.profiler = starting  # only now: one that did not start can't be stopped
+        # TensorBoard's plug-in knows steps by this name.
+        self.span.enter_context(profiler.record_function(f"ProfilerStep#{self.coming}"))
 
     def finish(self, _: TrainState) -> None:
         """End the trace and write it, unless no step was done in it."""
-        self.end_step()
-        running, self.profiler = self.profiler, None
-        first, self.first = self.first, 0
+        self.span.close()
+        running, first = self.profiler, self.first
+        self.profiler, self.first = None, 0
         if running is not None:
             running.stop()
             if first:
@@ -159,10 +150,9 @@ class Tracer:
         path = Path(self.settings.directory, f"trace_step.{first:08d}.pt.trace.json{'.gz' * self.settings.gzip}")
         path.unlink(missing_ok=True)
         done.export_chrome_trace(str(path))
-        if not path.exists():  # torch only prints that it failed
-            raise OSError(
-                f"{path}: torch could not write the trace of steps {first} to {self.last}; its output says why"
-            )
+        if not path.exists():  # torch prints that it failed, and does not raise
+            steps = f"steps {first} to {self.last}"
+            raise OSError(f"{path}: torch could not write the trace of {steps}; its output says why")
         _log.info("profile: steps %d to %d in %s", first, self.last, path)
         if self.settings.top_ops:
             key = "self_cuda_time_total" if ProfilerActivity.CUDA in done.activities else "self_cpu_time_total"

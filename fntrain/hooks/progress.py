@@ -28,7 +28,7 @@ class ProgressBar:
                 bar.update(state.step)
 
             def after_step(state: TrainState) -> None:
-                bar.update(state.step - bar.n)  # also right after a roll-back
+                bar.update(state.step - bar.n)  # not 1: a roll-back takes the bar back
 
             yield hook(before_train=before_train, after_step=after_step)
 

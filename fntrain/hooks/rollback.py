@@ -1,12 +1,14 @@
-"""hooks.rollback_on_spike: go back to an earlier state when the loss jumps, and on with other data.
+"""hooks.rollback_on_spike: when the loss jumps, go back to an earlier state and go on with other data.
 
-What decides (the last values, the roll-backs so far) is in `state.hooks`; the states to go back to are not.
+The last values and the roll-backs so far are in `state.hooks` and in every checkpoint; the states to go back to are
+in memory only.
 """
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any
 
 import attrs
@@ -15,18 +17,18 @@ import torch
 from fntrain.core import tree
 from fntrain.core.check import number, whole
 from fntrain.core.hook import AnyHook, Hook, Needs, hook, resource
-from fntrain.core.state import TrainState, remember, snapshot, stop
+from fntrain.core.state import TrainState, remember, stop
 from fntrain.events import MetricName
 from fntrain.hooks.series import to_host
 from fntrain.metrics import metric_over_ranks
 
 _log = logging.getLogger("fntrain")
 ROLLBACKS = MetricName("rollbacks", reduce="max", smooth="each")
-# What outlives a roll-back, and what is the same however often a step is saved, may come after it.
-_MEMORY = Needs(
-    "memory", "may go back to an earlier step, and it would count that step twice", but=("lasting memory", "branch")
-)
-NUM_KEPT = 2  # a state from which a spike came twice was bad itself: then the one before it
+# These may come after this hook: memory that survives a roll-back, and saves, which are the same when done again.
+_AFTER = ("lasting memory", "branch")
+_MEMORY = Needs("memory", "may go back to an earlier step, and it would count that step twice", but=_AFTER)
+_TREES = ("params", "buffers", "opt_state", "hooks", "extra", "metrics")
+NUM_KEPT = 2  # a state from which a spike came twice was bad itself: then the run goes back to the one before it
 
 
 def rollback_on_spike(
@@ -79,30 +81,16 @@ def rollback_on_spike(
     Source: Chowdhery et al. 2022, PaLM, section 5.1, https://arxiv.org/abs/2204.02311
     """
     number("factor", factor, lambda factor: 1 < factor < math.inf, "> 1")
-    record = RollBack(
-        metric,
-        factor,
-        whole("window", window, 1),
-        whole("nonfinite_steps", nonfinite_steps, 1),
-        whole("snapshot_every", snapshot_every, 1),
-        whole("look_every", look_every, 1),
-        whole("max_rollbacks", max_rollbacks, 0),
-        whole("within_steps", within_steps, 1),
-        on_host,
-        name,
-    )
+    window, nonfinite_steps = whole("window", window, 1), whole("nonfinite_steps", nonfinite_steps, 1)
+    snapshot_every, look_every = whole("snapshot_every", snapshot_every, 1), whole("look_every", look_every, 1)
+    limits = whole("max_rollbacks", max_rollbacks, 0), whole("within_steps", within_steps, 1)
     if snapshot_every % look_every:
         raise ValueError(f"snapshot_every: got {snapshot_every}, expected a multiple of look_every={look_every}")
-    return resource(
-        record,
-        name=name,
-        init=_Start(),
-        makes="metrics",
-        needs=[_MEMORY],
-        outlives=("rollbacks",),  # how often it went back is not undone by another one that goes back
-        communicates=True,
-        stops=False,
-    )
+    periods = snapshot_every, look_every
+    record = RollBack(metric, factor, window, nonfinite_steps, *periods, *limits, on_host, name)
+    # Another hook that goes back must not undo the count of these roll-backs, or they would never come to an end.
+    declared: Any = {"makes": "metrics", "needs": [_MEMORY], "outlives": ("rollbacks",), "communicates": True}
+    return resource(record, name=name, init=_start, stops=False, **declared)
 
 
 @attrs.frozen
@@ -122,43 +110,41 @@ class RollBack:
 
     @contextmanager
     def __call__(self) -> Iterator[Hook]:
-        live = _Live(self)
-        yield hook(before_train=live.start, after_step=live.look)
+        watch = _SpikeWatch(self)
+        yield hook(before_train=watch.start, after_step=watch.look)
 
     def judge(self, memory: Mapping[str, Any], values: list[float]) -> tuple[dict[str, Any], str | None]:
-        """The memory after some values, and what is wrong with one of them."""
-        window, nonfinite = memory["window"].tolist(), memory["nonfinite"]
-        problem = None
+        """Return the memory after some values, and a text if one of them is a spike."""
+        window, nonfinite, problem = memory["window"].tolist(), memory["nonfinite"], None
         for value in values:
-            if not math.isfinite(value):
-                nonfinite += 1
-                if nonfinite >= self.nonfinite_steps:
-                    problem = f"{self.metric} was {value} and not finite in {nonfinite} steps in a row"
-                    break
-                continue
-            nonfinite = 0
+            nonfinite = 0 if math.isfinite(value) else nonfinite + 1
             usual = sorted(window)[(len(window) - 1) // 2] if len(window) == self.window else 0.0
-            if 0 < self.factor * usual < value:
+            if nonfinite >= self.nonfinite_steps:
+                problem = f"{self.metric} was {value} and not finite in {nonfinite} steps in a row"
+            elif not nonfinite and 0 < self.factor * usual < value:
                 problem = f"{self.metric} was {value:.4g}, more than {self.factor:g} times the median {usual:.4g}"
+            if problem is not None:
                 break
-            window = [*window, value][-self.window :]
+            window = window if nonfinite else [*window, value][-self.window :]
         return {**memory, "window": _leaf(window), "nonfinite": nonfinite, "pending": []}, problem
 
     def recent(self, memory: Mapping[str, Any], position: int) -> list[int]:
-        """The positions of the roll-backs that still count."""
+        """Return the positions of the roll-backs that still count towards `max_rollbacks`."""
         return [at for at in memory["rollbacks"] if position - at < self.within_steps]
 
-
-@attrs.frozen
-class _Start:
-    """The memory at the start."""
-
-    def __call__(self, state: TrainState) -> dict[str, Any]:
-        return {"window": _leaf([]), "pending": [], "nonfinite": 0, "step": state.step, "rollbacks": []}
+    def stopped(self, state: TrainState, problem: str) -> TrainState:
+        """Return the state with a request to stop, as there were too many roll-backs."""
+        often = f"after {self.max_rollbacks} roll-backs within {self.within_steps} batches"
+        return stop(state, f"{self.name}: {problem}, {often}; this is the state of step {state.step}")
 
 
-class _Live:
-    """The hook of one run."""
+def _start(state: TrainState) -> dict[str, Any]:
+    """Return the memory at the start."""
+    return {"window": _leaf([]), "pending": [], "nonfinite": 0, "step": state.step, "rollbacks": []}
+
+
+class _SpikeWatch:
+    """What the hook holds during one run: the states to go back to."""
 
     def __init__(self, record: RollBack) -> None:
         self.record = record
@@ -168,17 +154,15 @@ class _Live:
         """Keep the first state; a run that was stopped for its roll-backs stops again."""
         self.keep(state)
         recent = self.record.recent(state.hooks[self.record.name], state.position)
-        return self.stopped(state, "stopped before") if len(recent) > self.record.max_rollbacks else None
+        return self.record.stopped(state, "stopped before") if len(recent) > self.record.max_rollbacks else None
 
     def look(self, state: TrainState) -> TrainState | None:
-        record, memory = self.record, dict(state.hooks[self.record.name])
+        record, memory, problem = self.record, dict(state.hooks[self.record.name]), None
         if state.step <= memory["step"]:
-            return None  # another hook has gone back to a step that was looked at already
+            return None  # this step was looked at already: another hook went back
         memory["step"] = state.step
         value = metric_over_ranks(state, record.metric)
-        if value is not None:
-            memory["pending"] = [*memory["pending"], value]
-        problem = None
+        memory["pending"] = [*memory["pending"], *([] if value is None else [value])]
         if state.step % record.look_every == 0 and memory["pending"]:
             memory, problem = record.judge(memory, to_host(memory["pending"]))
         if problem is not None:
@@ -189,6 +173,7 @@ class _Live:
         return new
 
     def keep(self, state: TrainState) -> None:
+        # A state of this step or a later one belongs to a branch that the run has left.
         self.kept = [one for one in self.kept if one.state.step < state.step][1 - NUM_KEPT :]
         self.kept.append(Kept.of(state, on_host=self.record.on_host))
 
@@ -197,31 +182,21 @@ class _Live:
         self.kept = [one for one in self.kept if one.state.step < state.step]
         if len(self.kept) > 1 and self.kept[-1].used:
             self.kept.pop()
-        if not self.kept:  # another hook went back further than this one remembers
+        if not self.kept:  # another hook went back to a step before all kept states
             return stop(state, f"{record.name}: {problem}, and there is no earlier state to go back to")
         old = self.kept[-1].restored()
         self.kept[-1].used = True
-        _log.warning(
-            "%s: %s; going back from step %d to %d, and on with batch %d",
-            *(record.name, problem, state.step, old.step, state.position),
-        )
+        text = "%s: %s; going back from step %d to %d, and on with batch %d"
+        _log.warning(text, record.name, problem, state.step, old.step, state.position)
         metrics = {**old.metrics, ROLLBACKS: float(len(rollbacks))}
         new = state.go_back(old.replace(position=state.position, metrics=metrics))
         new = remember(new, record.name, {**new.hooks[record.name], "rollbacks": rollbacks})
-        return self.stopped(new, problem) if len(rollbacks) > record.max_rollbacks else new
-
-    def stopped(self, state: TrainState, problem: str) -> TrainState:
-        record = self.record
-        return stop(
-            state,
-            f"{record.name}: {problem}, after {record.max_rollbacks} roll-backs within {record.within_steps} batches; "
-            f"this is the state of step {state.step}",
-        )
+        return record.stopped(new, problem) if len(rollbacks) > record.max_rollbacks else new
 
 
 @attrs.define(eq=False)
 class Kept:
-    """A copy of a state, and where its tensors were."""
+    """A copy of a state, and the devices of its tensors before."""
 
     state: TrainState
     devices: list[torch.device]
@@ -229,25 +204,21 @@ class Kept:
 
     @classmethod
     def of(cls, state: TrainState, *, on_host: bool) -> "Kept":
-        tensors = _tensors(state)
-        devices = [tensor.device for tensor in tree.tensors(tensors)]
-        if not on_host or all(device.type == "cpu" for device in devices):
-            return cls(snapshot(state), devices)
-        return cls(
-            state.replace(**tree.map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), tensors)), devices
-        )
+        devices = [tensor.device for tensor in tree.tensors({name: getattr(state, name) for name in _TREES})]
+        return cls(_copied(state, repeat(torch.device("cpu")) if on_host else devices), devices)
 
     def restored(self) -> TrainState:
-        """A copy, its tensors where they were."""
-        devices = iter(self.devices)
-        moved = tree.map_tensors(lambda tensor: tensor.to(next(devices), copy=True), _tensors(self.state))
-        return self.state.replace(**moved)
+        """Return a copy with each tensor on its device from before."""
+        return _copied(self.state, self.devices)
+
+
+def _copied(state: TrainState, devices: Iterable[torch.device]) -> TrainState:
+    """Copy a state, each of its tensors to a device of its own."""
+    following = iter(devices)
+    trees = {name: getattr(state, name) for name in _TREES}
+    return state.replace(**tree.map_tensors(lambda tensor: tensor.detach().to(next(following), copy=True), trees))
 
 
 def _leaf(values: list[float]) -> torch.Tensor:
-    """One leaf for many numbers: a step in place walks over all that hooks remember."""
+    """Keep many numbers in one leaf: a step in place walks over all leaves that hooks remember."""
     return torch.tensor(values, dtype=torch.float64, device="cpu")
-
-
-def _tensors(state: TrainState) -> dict[str, Any]:
-    return {name: getattr(state, name) for name in ("params", "buffers", "opt_state", "hooks", "extra")}

@@ -1,8 +1,8 @@
-"""The values of one metric on their way from the steps to the writers, and the one number that is shown for them."""
+"""Series: the values of one metric between the steps and the writers, and the one number that is shown for them."""
 
 from collections import deque
-from collections.abc import Sequence
-from itertools import takewhile
+from collections.abc import Callable, Sequence
+from itertools import islice, takewhile
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,12 @@ from fntrain.writers.history import History
 
 Smoothing = Literal["median", "mean", "latest", "global_mean"]
 WINDOWED = ("median", "mean")
-MAX_TOTALS = 10_000  # steps: a roll-back of more begins the mean over the run anew
+_NUMBERS: dict[str, Callable[[History], float]] = {
+    "median": History.median,
+    "mean": History.average,
+    "sum": lambda history: sum(history.numbers),
+}
+MAX_TOTALS = 10_000  # a roll-back of more steps starts the mean over the run again
 
 
 class Series:
@@ -37,7 +42,7 @@ class Series:
         self.shown = shown
         self.window = window if shown in WINDOWED else None
         self.values: deque[tuple[int, Any]] = deque(maxlen=1 if shown == "latest" else self.window)
-        # Of a mean over the run: step, number of values up to it, and their sum. One would do but for roll-backs.
+        # For a mean over the run: step, number of values up to it, and their sum. Roll-backs need more than the last.
         self.totals: deque[tuple[int, int, float]] = deque(maxlen=MAX_TOTALS)
 
     def forget(self, step: int) -> None:
@@ -47,12 +52,12 @@ class Series:
             self.totals.pop()
 
     def forget_values(self, step: int) -> None:
-        """Drop the values of later steps, not the sums."""
+        """Drop the values of later steps; keep the sums."""
         while self.values and self.values[-1][0] > step:
             self.values.pop()
 
     def trim(self, written: int, step: int) -> None:
-        """Drop what is out of the window at a step; without a window, what is written already."""
+        """Drop the values outside the window that ends at a step; without a window, those written already."""
         oldest = written if self.window is None else step - self.window
         while self.values and self.values[0][0] <= oldest:
             self.values.popleft()
@@ -64,16 +69,9 @@ class Series:
 
     def number(self, history: History) -> float:
         """Return the one number that stands for the values of a period or window."""
-        match self.shown:
-            case "median":
-                return history.median()
-            case "mean":
-                return history.average()
-            case "sum":
-                return sum(history.numbers)
-            case "global_mean":
-                return self._global_mean(history)
-        return history.latest()
+        if self.shown == "global_mean":
+            return self._global_mean(history)
+        return _NUMBERS.get(self.shown, History.latest)(history)
 
     def _global_mean(self, history: History) -> float:
         _, count, total = self.totals[-1] if self.totals else (0, 0, 0.0)
@@ -93,10 +91,8 @@ def to_histories(series: dict[str, Series]) -> dict[str, History]:
       {'loss': History(steps=(1,), numbers=(0.5,))}
     """
     numbers = iter(to_host([value for one in series.values() for _, value in one.values]))
-    return {
-        name: History(tuple(step for step, _ in one.values), tuple(next(numbers) for _ in one.values))
-        for name, one in series.items()
-    }
+    steps = {name: tuple(step for step, _ in one.values) for name, one in series.items()}
+    return {name: History(some, tuple(islice(numbers, len(some)))) for name, some in steps.items()}
 
 
 def to_host(values: Sequence[Any]) -> list[float]:
@@ -106,11 +102,9 @@ def to_host(values: Sequence[Any]) -> list[float]:
       >>> to_host([1, torch.tensor(2.0)])
       [1.0, 2.0]
     """
+    # A value on a device is read in one transfer with all others: each read of its own would wait for the device.
     waits = [isinstance(value, Tensor) and stalls(value) for value in values]
-    numbers = [
-        0.0 if wait else float(value.item() if isinstance(value, Tensor) else value)
-        for value, wait in zip(values, waits, strict=True)
-    ]
+    numbers = [0.0 if wait else float(value) for value, wait in zip(values, waits, strict=True)]
     waiting = [index for index, wait in enumerate(waits) if wait]
     for indices in groupby(lambda index: (values[index].device, values[index].dtype), waiting).values():
         stacked = torch.stack([values[index].detach().reshape(()) for index in indices]).tolist()

@@ -1,4 +1,4 @@
-"""hooks.on_signal: end a run that is told to go (preemption, a time limit, Ctrl-C) with all of it saved.
+"""hooks.on_signal: save everything and end the run when a signal comes (preemption, a time limit, Ctrl-C).
 
 The handler only sets a flag. It neither logs nor raises: it may interrupt anything, a save or the logging itself.
 """
@@ -23,7 +23,7 @@ _log = logging.getLogger("fntrain")
 
 @attrs.frozen
 class OnSignal:
-    """The hook's settings; a call gives what one run holds: the handlers from before it, and the signal that came."""
+    """The parameters of the hook; called, it gives the `SignalWatch` of one run."""
 
     signals: tuple[str, ...]
     exit: bool
@@ -80,7 +80,7 @@ def on_signal(
 
 
 class SignalWatch:
-    """The handlers of one run, and the signal that came to it."""
+    """What the hook holds during one run: the handlers from before the run, and the signal that came."""
 
     def __init__(self, settings: OnSignal) -> None:
         self.settings = settings
@@ -88,7 +88,7 @@ class SignalWatch:
         self.former: dict[int, Any] = {}
         self.received: signal.Signals | None = None
         self.in_state = False  # whether the state says which signal came
-        self.over = False  # the handlers from before are set again
+        self.over = False  # whether the handlers from before are set again
 
     def __enter__(self) -> Hook:
         if threading.current_thread() is not threading.main_thread():
@@ -100,17 +100,17 @@ class SignalWatch:
         try:
             for one in self.former:
                 signal.signal(one, self.handle)
-        except BaseException:  # raised by a handler from before, as KeyboardInterrupt is
+        except BaseException:  # a handler from before has raised, as Python's own does for SIGINT
             self.restore()
             raise
         return hook(before_train=self.stop_if_received, after_step=self.stop_if_received, after_train=self.share)
 
     def handle(self, number: int, _: FrameType | None) -> None:
-        if os.getpid() != self.owner:  # a child by fork: its parent ends it by SIGTERM
+        if os.getpid() != self.owner:  # in a forked child, which its parent ends by SIGTERM
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
-        elif self.over:  # set again by a run that began within this one and outlived it
+        elif self.over:  # a run that began within this one and outlived it has set this handler again
             signal.signal(number, self.former[number])
             signal.raise_signal(number)
         else:
@@ -123,11 +123,11 @@ class SignalWatch:
         if self.received is None:
             return None
         _log.warning("%s: stopping after step %d; a second signal ends at once", self.received.name, state.step)
-        self.in_state = state.run.stop is None  # if not, the reason of the hook that stopped it first stays
+        self.in_state = state.run.stop is None  # else another hook stopped the run first, and its reason stays
         return stop(state, f"{self.received.name} received", at_once=True)
 
     def share(self, state: TrainState) -> None:
-        """Tell all ranks which signal came to one of them, so that all end with the same status."""
+        """Agree with all ranks on the signal that came to one of them, so that all end with the same status."""
         if number := state.run.ranks.max(self.received or 0):
             self.in_state |= self.received is None
             self.received = signal.Signals(number)
@@ -153,7 +153,7 @@ class SignalWatch:
 
 
 def _put_back(number: int, handler: Any) -> None:
-    """Set the handler; Python first runs what other handlers have to do, and if that raises, sets none."""
+    """Set a handler; if the handler of a pending signal, which Python runs first, raises, try again."""
     try:
         signal.signal(number, handler)
     except BaseException:

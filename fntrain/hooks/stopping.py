@@ -2,12 +2,14 @@
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
 
 from fntrain.core.check import function, number, one_of, whole
-from fntrain.core.hook import AnyHook, Predicate, hook, stateful
+from fntrain.core.hook import AnyHook, Hook, Predicate, hook, stateful
 from fntrain.core.state import TrainState, remember, stop
 from fntrain.hooks.retention import Mode
 from fntrain.metrics import metric_over_ranks
@@ -47,15 +49,7 @@ def early_stopping(
     number("min_delta", min_delta, lambda delta: delta >= 0, ">= 0")
     record = EarlyStopping(metric, mode, whole("patience", patience, 1), min_delta, name)
     start = {"best": None, "step": None, "waited": 0}
-    return stateful(
-        name,
-        start,
-        before_train=_StopAgain(record),
-        after_step=record,
-        after_train=_WarnUnseen(record),
-        communicates=True,
-        stops=False,  # all ranks decide on the same number
-    )
+    return stateful(name, start, open=record, communicates=True, stops=False)  # all ranks decide on the same number
 
 
 def stop_when(predicate: Predicate, reason: str, *, name: str = "stop_when") -> AnyHook:
@@ -84,7 +78,7 @@ def stop_when(predicate: Predicate, reason: str, *, name: str = "stop_when") -> 
 
 @attrs.frozen
 class EarlyStopping:
-    """The callback; its memory is the best score, its step, and how many reports came since."""
+    """The parameters of the hook; its memory is the best score, its step, and how many reports came since."""
 
     metric: str
     mode: Mode
@@ -92,17 +86,29 @@ class EarlyStopping:
     min_delta: float
     name: str
 
-    def __call__(self, state: TrainState) -> TrainState | None:
+    @contextmanager
+    def __call__(self) -> Iterator[Hook]:
+        # Also before the first step: a run that this hook has stopped must stop again when it is resumed.
+        yield hook(before_train=self.stopped, after_step=self.count, after_train=self.warn_unseen)
+
+    def count(self, state: TrainState) -> TrainState | None:
+        """Note the score that the state reports; if there have been too many no better than the best, ask to stop."""
         found = metric_over_ranks(state, self.metric)
         if found is None:
             return None
         value, memory = float(found), state.hooks[self.name]
-        if self._improves(value, memory["best"]):
+        if self.improves(value, memory["best"]):
             return remember(state, self.name, {"best": value, "step": state.step, "waited": 0})
         return self.stopped(remember(state, self.name, {**memory, "waited": memory["waited"] + 1}))
 
+    def improves(self, value: float, best: float | None) -> bool:
+        """Whether a value is better than the best by more than `min_delta`; inf and nan are not."""
+        if best is None or not math.isfinite(value):
+            return math.isfinite(value)  # the first finite score is the best
+        return value > best + self.min_delta if self.mode == "max" else value < best - self.min_delta
+
     def stopped(self, state: TrainState) -> TrainState:
-        """The state, asking to stop if patience is at an end."""
+        """Return the state; it asks to stop if there is no patience left."""
         memory: Any = state.hooks[self.name]
         if memory["waited"] < self.patience:
             return state
@@ -111,38 +117,17 @@ class EarlyStopping:
             return stop(state, f"{reason}: it was never a finite number")
         return stop(state, f"{reason} than {memory['best']:.6g} at step {memory['step']}")
 
-    def _improves(self, value: float, best: float | None) -> bool:
-        if best is None or not math.isfinite(value):
-            return math.isfinite(value)
-        return value > best + self.min_delta if self.mode == "max" else value < best - self.min_delta
-
-
-@attrs.frozen
-class _StopAgain:
-    """The callback at the start: a run that this hook has stopped stops again when it is resumed."""
-
-    rule: EarlyStopping
-
-    def __call__(self, state: TrainState) -> TrainState:
-        return self.rule.stopped(state)
-
-
-@attrs.frozen
-class _WarnUnseen:
-    """The callback at the end: warns if no step reported the metric, whose name may be misspelt."""
-
-    rule: EarlyStopping
-
-    def __call__(self, state: TrainState) -> None:
-        memory: Any = state.hooks[self.rule.name]
+    def warn_unseen(self, state: TrainState) -> None:
+        """Warn if no step reported the metric: otherwise a misspelt name is never noticed."""
+        memory: Any = state.hooks[self.name]
         failed = state.run.stop is not None and state.run.stop.kind == "error"
         if memory["best"] is None and not memory["waited"] and state.step > state.run.start_step and not failed:
-            _log.warning("%s: saw no %r; list it after the hook that reports it", self.rule.name, self.rule.metric)
+            _log.warning("%s: saw no %r; list it after the hook that reports it", self.name, self.metric)
 
 
 @attrs.frozen
 class StopWhen:
-    """The callback."""
+    """The callback of `stop_when`."""
 
     predicate: Predicate
     reason: str

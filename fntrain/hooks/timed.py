@@ -8,19 +8,7 @@ from typing import Any
 
 import attrs
 
-from fntrain.core.hook import (
-    PHASES,
-    UNGATED,
-    AnyHook,
-    Callback,
-    Hook,
-    called,
-    compose,
-    flatten,
-    hook,
-    identity,
-    resource,
-)
+from fntrain.core.hook import PHASES, UNGATED, AnyHook, Callback, Hook, called, compose, flatten, hook, resource
 from fntrain.core.state import TrainState
 
 _log = logging.getLogger("fntrain")
@@ -28,38 +16,36 @@ _log = logging.getLogger("fntrain")
 
 @attrs.frozen
 class Spent:
-    """What the hooks of one `timed` have cost, by hook and phase; shared by them, and empty outside of a run."""
+    """The seconds that the hooks of one `timed` took, by hook and phase; they share it. Empty outside of a run."""
 
     phases: dict[str, dict[str, list[float]]] = attrs.field(factory=dict, eq=False, repr=False, init=False)
 
-    def bill(self, label: str, phase: str, begin: float) -> None:
+    def add(self, label: str, phase: str, begin: float) -> None:
         """Add a call that began at `begin` to its phase: number of calls, total, longest."""
         seconds = time.perf_counter() - begin
-        bill = self.phases.setdefault(label, {}).setdefault(phase, [0, 0.0, 0.0])
-        bill[0] += 1
-        bill[1] += seconds
-        bill[2] = max(bill[2], seconds)
+        spent = self.phases.setdefault(label, {}).setdefault(phase, [0, 0.0, 0.0])
+        spent[:] = spent[0] + 1, spent[1] + seconds, max(spent[2], seconds)
 
     @contextmanager
     def __call__(self) -> Iterator[Hook]:
-        """The live hook that reports; opened before the hooks it reports on, so closed after them."""
+        """Give the live hook, which reports when it closes; opened first, it closes after the hooks that it times."""
         self.phases.clear()
         try:
             yield hook()
         finally:
-            totals = {label: sum(total for _, total, _ in bills.values()) for label, bills in self.phases.items()}
+            totals = {label: sum(total for _, total, _ in phases.values()) for label, phases in self.phases.items()}
             for label in sorted(totals, key=totals.__getitem__, reverse=True):
-                bills = "; ".join(
+                parts = (
                     f"{phase} {calls} x, mean {total / calls:.3g}, max {longest:.3g}, total {total:.3g}"
                     for phase, (calls, total, longest) in self.phases[label].items()
                 )
-                _log.info("%s: %.3g s in all; %s", label, totals[label], bills)
+                _log.info("%s: %.3g s in all; %s", label, totals[label], "; ".join(parts))
             self.phases.clear()
 
 
 @attrs.frozen(repr=False)
 class TimedCallback:
-    """A callback that is billed to its hook."""
+    """A callback whose time is added to its hook's."""
 
     callback: Callback
     spent: Spent
@@ -68,7 +54,7 @@ class TimedCallback:
 
     @property
     def __wrapped__(self) -> Callback:
-        """What it is around, as `inspect.unwrap` finds it."""
+        """The callback itself, as `inspect.unwrap` finds it."""
         return self.callback
 
     def __call__(self, state: TrainState) -> TrainState | None:
@@ -76,7 +62,7 @@ class TimedCallback:
         try:
             return self.callback(state)
         finally:
-            self.spent.bill(self.label, self.phase, begin)
+            self.spent.add(self.label, self.phase, begin)
 
     def __repr__(self) -> str:
         return f"timed({called(self.callback)})"
@@ -95,13 +81,13 @@ class TimedOpen:
         phase, begin = "open", time.perf_counter()
         try:
             with self.opener() as live:
-                self.spent.bill(self.label, phase, begin)
-                try:
+                self.spent.add(self.label, phase, begin)
+                try:  # what happens in the run is not the time of opening or closing
                     yield _timed(live, self.spent, self.label) if isinstance(live, Hook) else live
                 finally:
                     phase, begin = "close", time.perf_counter()
         finally:
-            self.spent.bill(self.label, phase, begin)
+            self.spent.add(self.label, phase, begin)
 
     def __repr__(self) -> str:
         return f"timed({self.opener!r})"
@@ -111,7 +97,7 @@ def timed(hooks: Any, *, name: str = "timed") -> AnyHook:
     """Measure what hooks cost: the same hooks in the same order, each callback timed.
 
     When the run ends, however it does, the logger "fntrain" gets one line at level INFO for each hook that ran, the
-    dearest first: number of calls, mean, longest and total seconds, by phase. States are bitwise those without.
+    most expensive first: number of calls, mean, longest and total seconds, by phase. States are bitwise those without.
     Work that a hook leaves to a thread or a GPU is not its own time. Costs about 1 us a call.
 
     Args:
@@ -124,17 +110,13 @@ def timed(hooks: Any, *, name: str = "timed") -> AnyHook:
       compose(Spent(), every(2, hook('show', after_step=timed(print))))
     """
     singles, spent = flatten(hooks), Spent()
-    if not singles:
-        return identity
-    return compose(
-        resource(spent, name=name, stops=False),
-        *(_timed(one, spent, one.name or f"{attrs.evolve(one, **UNGATED)!r} ({i})") for i, one in enumerate(singles)),
-    )
+    labels = [one.name or f"{attrs.evolve(one, **UNGATED)!r} ({index})" for index, one in enumerate(singles)]
+    parts = [_timed(one, spent, label) for one, label in zip(singles, labels, strict=True)]
+    return compose(resource(spent, name=name, stops=False), *parts) if parts else compose()
 
 
 def _timed(inner: Hook, spent: Spent, label: str) -> Hook:
-    """The hook with its callbacks, or the opening of its resource, timed."""
-    changes: dict[str, Any] = {
-        phase: TimedCallback(callback, spent, label, phase) for phase in PHASES if (callback := getattr(inner, phase))
-    }
+    """Return the hook with its callbacks, or the opening of its resource, timed."""
+    callbacks = {phase: getattr(inner, phase) for phase in PHASES if getattr(inner, phase) is not None}
+    changes: dict[str, Any] = {phase: TimedCallback(one, spent, label, phase) for phase, one in callbacks.items()}
     return attrs.evolve(inner, **changes, open=TimedOpen(inner.open, spent, label) if inner.open else None)

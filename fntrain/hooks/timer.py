@@ -15,7 +15,7 @@ from fntrain.events import MetricName
 from fntrain.writers.process import duration
 
 _log = logging.getLogger("fntrain")
-DATA = MetricName("time/data", reduce="max")  # of several ranks the slowest is what all wait for
+DATA = MetricName("time/data", reduce="max")  # all ranks wait for the slowest
 
 
 @attrs.frozen
@@ -27,31 +27,27 @@ class IterationTimer:
     @contextmanager
     def __call__(self) -> Iterator[Hook]:
         clock = _Clock(self.warmup_steps)
-        live = hook(before_step=clock.before_step, after_step=clock.after_step)
         try:
-            yield attrs.evolve(live, wrap_data=clock.wrap_data)
+            yield hook(before_step=clock.before_step, after_step=clock.after_step, wrap_data=clock.wrap_data)
         finally:
-            clock.finish()  # opened first, so closed last: the time that other hooks take at the end counts
+            clock.finish()  # opened first, this hook closes last, so the time of other hooks at the end counts
 
 
 class _Clock:
-    """What the hook holds during one run: when its step began, and what the steps after the warm-up have taken."""
-
-    __slots__ = ("begin", "data", "end", "hooks", "in_hooks", "num_steps", "steps", "warmup_steps")
+    """What the hook holds during one run: when the step began, and the seconds of all steps after the warm-up."""
 
     def __init__(self, warmup_steps: int) -> None:
         self.warmup_steps = warmup_steps
         self.num_steps = 0
         self.data = self.steps = self.hooks = 0.0
         self.begin = self.end = time.perf_counter()
-        self.in_hooks = False
+        self.in_hooks = False  # whether the time since `end` is that of hooks
 
     def wrap_data(self, batches: Iterator[Any]) -> Iterator[Any]:
         while True:
             start = time.perf_counter()
-            if self.in_hooks:  # the hooks of the step before
-                self.hooks += start - self.end
-                self.in_hooks = False
+            self.hooks += start - self.end if self.in_hooks else 0.0  # the hooks of the step before
+            self.in_hooks = False
             try:
                 batch = next(batches)
             except StopIteration:
@@ -78,16 +74,11 @@ class _Clock:
         num_steps = self.num_steps - self.warmup_steps
         if num_steps <= 0:
             return
-        if self.in_hooks:  # not when a step raised: its time is not one of hooks
-            self.hooks += time.perf_counter() - self.end
-        _log.info(
-            "%d steps in %s (%.3g s / step); total %s, %s in hooks",
-            num_steps,
-            duration(self.steps),
-            self.steps / num_steps,
-            duration(self.steps + self.hooks),
-            duration(self.hooks),
-        )
+        # If a step has raised, the time since `end` is that of the step, and does not count.
+        hooks = self.hooks + (time.perf_counter() - self.end if self.in_hooks else 0.0)
+        steps, total, in_hooks = map(duration, (self.steps, self.steps + hooks, hooks))
+        text = "%d steps in %s (%.3g s / step); total %s, %s in hooks"
+        _log.info(text, num_steps, steps, self.steps / num_steps, total, in_hooks)
 
 
 def iteration_timer(*, warmup_steps: int = 3, name: str = "iteration_timer") -> AnyHook:

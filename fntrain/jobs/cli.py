@@ -3,14 +3,15 @@
 import os
 import runpy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Annotated, Any
 
 import attrs
 import torch.distributed as dist
-from torch import Tensor
+from toolz import valfilter
+from torch import Tensor, nn
 
 from fntrain import schedules
 from fntrain.core.errors import ConfigError, FntrainError, MissingExtraError
@@ -25,7 +26,39 @@ from fntrain.shell.launching.network import rank_from_environment
 from fntrain.shell.setup import log_directory, setup
 from fntrain.steps.update import BoundOptimizer
 
-Flags = tuple[Any, bool, bool, bool, dict[str, Any]]
+
+@attrs.frozen(kw_only=True)
+class Task:
+    """What to do with the recipe. Each field is a flag, and the text below it its help."""
+
+    resume: bool = True
+    """Go on from the newest checkpoint in --output-dir, if there is one; if not, a used one is refused."""
+    eval_only: bool = False
+    """Evaluate the newest checkpoint in --output-dir, or else --weights; do not train."""
+    dry_run: bool = False
+    """Show what would be trained, and do one step that leaves nothing behind."""
+
+
+@attrs.frozen(kw_only=True)
+class Processes:
+    """Where to do it, as `ft.shell.launch` takes it."""
+
+    num_processes: int = 1
+    """On this machine, one for each GPU; they share every batch."""
+    num_machines: int = 1
+    """How many run this command, each with its own --machine-rank."""
+    machine_rank: int = 0
+    """Which of them this is, from 0."""
+    rendezvous: str | None = None
+    """host:port of machine 0, if there are several."""
+    max_restarts: int = 0
+    """How often a job that failed is started again, from its last checkpoint."""
+
+    def __attrs_post_init__(self) -> None:
+        try:
+            check_processes(**attrs.asdict(self))
+        except ValueError as error:
+            raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from error
 
 
 def main(recipe: Recipe, args: Sequence[str] | None = None) -> Result | None:
@@ -53,69 +86,50 @@ def main(recipe: Recipe, args: Sequence[str] | None = None) -> Result | None:
         output_dir            runs/default
       ...
     """
+    config, task, processes = _parsed(recipe, args)
+    results: list[Result] = []  # stays empty here if the ranks are other processes
     try:
-        import tyro
-    except ImportError as error:
-        raise MissingExtraError("ft.main needs tyro: pip install 'fntrain[cli]'") from error
-
-    def train(
-        config: Any,
-        resume: bool = True,
-        eval_only: bool = False,
-        dry_run: bool = False,
-        num_processes: int = 1,
-        num_machines: int = 1,
-        machine_rank: int = 0,
-        rendezvous: str | None = None,
-        max_restarts: int = 0,
-    ) -> Flags:
-        """Train, or go on where an earlier run in --output-dir stopped.
-
-        Args:
-          config: the settings.
-          resume: go on from the newest checkpoint in --output-dir, if there is one; if not, a used one is refused.
-          eval_only: evaluate the newest checkpoint in --output-dir, or else --weights; do not train.
-          dry_run: show what would be trained, and do one step that leaves nothing behind.
-          num_processes: on this machine, one for each GPU; they share every batch.
-          num_machines: how many run this command, each with its own --machine-rank.
-          machine_rank: which of them this is, from 0.
-          rendezvous: host:port of machine 0, if there are several.
-          max_restarts: how often a job that failed is started again, from its last checkpoint.
-        """
-        ranks = {"num_processes": num_processes, "num_machines": num_machines, "machine_rank": machine_rank}
-        return config, resume, eval_only, dry_run, ranks | {"rendezvous": rendezvous, "max_restarts": max_restarts}
-
-    train.__annotations__["config"] = Annotated[type(recipe.config), tyro.conf.arg(name="")]
-    train.__defaults__ = (recipe.config, *(train.__defaults__ or ()))
-    try:
-        config, resume, eval_only, dry_run, processes = tyro.cli(train, args=args)
-        try:
-            check_processes(**processes)
-        except ValueError as error:
-            raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from error
-    except ConfigError as error:  # one value that can't be, as argparse has it
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    try:
-        if dry_run:
+        if task.dry_run:
             print("\n".join(describe(build(recipe, config))))
             return None
-        results: list[Result] = []  # stays empty here, if other processes fill theirs
-        train_it = partial(_train, recipe, config, resume, eval_only, results)
-        several = processes["num_processes"] * processes["num_machines"] > 1 or processes["max_restarts"]
-        script = Script.running() if args is None and several else None
-        started = rank_from_environment(os.environ) or dist.is_initialized()
-        launch(train_it if script is None or started else script, **processes)
+        train = partial(_train, recipe, config, task, results)
+        several = processes.num_processes * processes.num_machines > 1 or processes.max_restarts > 0
+        started = rank_from_environment(os.environ) is not None or dist.is_initialized()
+        # Other processes run the whole script again, as a recipe defined in it can often not be pickled.
+        script = _running_script() if args is None and several and not started else None
+        launch(script or train, **attrs.asdict(processes))
     except FntrainError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     return results[0] if results else None
 
 
-def _train(recipe: Recipe, config: Any, resume: bool, eval_only: bool, results: list[Result]) -> None:
-    """What every rank does."""
+def _parsed(recipe: Recipe, args: Sequence[str] | None) -> tuple[Any, Task, Processes]:
+    """Read the flags; a wrong one ends the process with status 2, as argparse does."""
+    try:
+        import tyro
+    except ImportError as error:
+        raise MissingExtraError("ft.main needs tyro: pip install 'fntrain[cli]'") from error
+
+    def flags(config: Any, task: Task, processes: Processes) -> tuple[Any, Task, Processes]:
+        """Train, or go on where an earlier run in --output-dir stopped."""
+        return config, task, processes
+
+    # tyro makes flags of the annotations; with the name "" it writes --lr rather than --config.lr.
+    kinds = {"config": type(recipe.config), "task": Task, "processes": Processes}
+    flags.__annotations__ |= {name: Annotated[kind, tyro.conf.arg(name="")] for name, kind in kinds.items()}
+    flags.__defaults__ = (recipe.config, Task(), Processes())
+    try:
+        return tyro.cli(flags, args=args)  # type: ignore[no-any-return]
+    except ConfigError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _train(recipe: Recipe, config: Any, task: Task, results: list[Result]) -> None:
+    """Train on one rank; the first rank prints and returns the results."""
     try:
         setup(log_directory(config.output_dir))
-        result = run(recipe, config, resume=resume, eval_only=eval_only)
+        result = run(recipe, config, resume=task.resume, eval_only=task.eval_only)
     except FntrainError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     if result.state.run.ranks.rank == 0:
@@ -126,49 +140,37 @@ def _train(recipe: Recipe, config: Any, resume: bool, eval_only: bool, results: 
             print(f"  {name:<24}{value:.6g}")
 
 
-@attrs.frozen
-class Script:
-    """The script that runs, to be run by other processes: what a recipe is made of need not be sent to them."""
-
-    path: str
-    module: str | None
-
-    @classmethod
-    def running(cls) -> "Script | None":
-        """The one of this process; None in a notebook and the like."""
-        main: Any = sys.modules["__main__"]
-        path, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
-        return None if path is None else cls(path, spec.name if spec is not None else None)
-
-    def __call__(self) -> None:
-        if self.module is None:
-            runpy.run_path(self.path, run_name="__main__")
-        else:
-            runpy.run_module(self.module, run_name="__main__", alter_sys=True)
+def _running_script() -> Callable[[], object] | None:
+    """Return a function that runs the script of this process; None in a notebook and wherever else there is no file."""
+    main: Any = sys.modules["__main__"]
+    path, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
+    if path is None or spec is None:
+        return None if path is None else partial(runpy.run_path, path, run_name="__main__")
+    return partial(runpy.run_module, spec.name, run_name="__main__", alter_sys=True)
 
 
 def describe(job: Job) -> list[str]:
-    """Say in lines what a job is, part by part, with its hooks in order; and do one step of it.
+    """Describe a job in lines, part by part, with its hooks in order, and do one step of it.
 
-    Nothing is written, but the step is a real one: the model is one step on.
+    Nothing is written, but the step is a real one: it changes the model's weights.
     """
-    params = dict(job.state.params)
     source = job.data.at(0) if hasattr(job.data, "at") else iter(job.data)
     batch = list(islice(source, 1))
-    if hasattr(source, "close"):
+    if hasattr(source, "close"):  # ends the workers of a stream
         source.close()
     parts = {
         "config": [_row(name, value) for name, value in _flat(to_dict(job.config))],
-        "model": _model(job),
+        "model": _model(job.model),
         "data": [repr(job.data), *_batch(job, batch)],
         "step": [repr(job.step_fn).replace(repr(job.optimizer), "optimizer(...)")],
-        "optimizer": [repr(job.optimizer), *_groups(job.optimizer.bind(params))],
+        "optimizer": [repr(job.optimizer), *_groups(job.optimizer.bind(dict(job.state.params)))],
         "learning rate": _rates(job),
         "evaluation": [repr(job.evaluation)],
         "hooks": [f"{number}. {hook!r}" for number, hook in enumerate(flatten(job.hooks), start=1)],
     }
-    done = fit(job.step_fn, state=job.state, data=batch, max_steps=1)
-    numbers = {name: value for name, value in done.metrics.items() if isinstance(value, Tensor | int | float)}
+    # Last, as it changes the weights: the lines above are of the model before the first step.
+    metrics = fit(job.step_fn, state=job.state, data=batch, max_steps=1).metrics
+    numbers = valfilter(lambda value: isinstance(value, Tensor | int | float), metrics)
     parts["one step"] = [_row(name, f"{float(value):.6g}") for name, value in numbers.items()]
     return [line for part, lines in parts.items() for line in (part, *(f"  {line}" for line in lines))]
 
@@ -178,7 +180,7 @@ def _row(name: str, value: Any) -> str:
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by the names of their flags, without the dashes."""
+    """Yield the settings by the names of their flags, without dashes; nested ones with dots."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
@@ -186,14 +188,16 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + name, value
 
 
-def _model(job: Job) -> list[str]:
-    params = list(job.model.parameters())
-    count, size = sum(p.numel() for p in params), sum(p.nbytes for p in params)
-    children = [
-        _row(f"{name} {type(child).__name__}", f"{sum(p.numel() for p in child.parameters()):,}")
-        for name, child in job.model.named_children()
-    ]
-    return [f"{type(job.model).__name__}: {count:,} parameters, {size:,} bytes, on {params[0].device}", *children]
+def _model(model: nn.Module) -> list[str]:
+    params = list(model.parameters())
+    count, size = _num_params(model), sum(param.nbytes for param in params)
+    children = [(f"{name} {type(one).__name__}", f"{_num_params(one):,}") for name, one in model.named_children()]
+    first = f"{type(model).__name__}: {count:,} parameters, {size:,} bytes, on {params[0].device}"
+    return [first, *(_row(*child) for child in children)]
+
+
+def _num_params(module: nn.Module) -> int:
+    return sum(param.numel() for param in module.parameters())
 
 
 def _batch(job: Job, batches: Sequence[Any]) -> Iterator[str]:
@@ -202,7 +206,7 @@ def _batch(job: Job, batches: Sequence[Any]) -> Iterator[str]:
     for batch in batches:
         try:
             leaves = list(named_leaves(batch, "batch"))
-        except TypeError:  # a class of the user's own
+        except TypeError:  # the batch is an object of a class that the tree does not know
             leaves = [("batch", batch)]
         for name, leaf in leaves:
             shape = f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
@@ -210,14 +214,14 @@ def _batch(job: Job, batches: Sequence[Any]) -> Iterator[str]:
 
 
 def _groups(bound: BoundOptimizer) -> list[str]:
-    """The groups of parameters that are updated together, with the options in which they differ."""
+    """Return a line for each group of parameters, with the options in which the groups differ."""
     groups = bound.template.param_groups
     differ = [key for key in groups[0] if key != "params" and len({repr(one.get(key)) for one in groups}) > 1]
-    lines = [
-        _row(f"{len(names)} tensors", ", ".join([f"{key}={one[key]!r}" for key in differ] + [_few(names)]))
-        for names, one in zip(bound.names, groups, strict=True)
-    ]
-    return [*lines, *([_row("frozen", _few(sorted(bound.frozen)))] if bound.frozen else [])]
+    lines = []
+    for names, one in zip(bound.names, groups, strict=True):
+        options = [f"{key}={one[key]!r}" for key in differ]
+        lines.append(_row(f"{len(names)} tensors", ", ".join([*options, _few(names)])))
+    return [*lines, _row("frozen", _few(sorted(bound.frozen)))] if bound.frozen else lines
 
 
 def _few(names: Sequence[str]) -> str:

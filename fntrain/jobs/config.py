@@ -18,7 +18,7 @@ C = TypeVar("C")
 
 @attrs.frozen
 class _AtLeast:
-    """A validator: the field is a whole number >= low, else a ConfigError names it."""
+    """A validator that raises ConfigError unless the field is a whole number >= low."""
 
     low: int
 
@@ -90,12 +90,11 @@ def to_dict(config: Any) -> dict[str, Any]:
       >>> to_dict(Config(lr=0.1))["lr"]
       0.1
     """
-    plain: dict[str, Any] = json.loads(json.dumps(attrs.asdict(config), default=_plain))
-    return plain
+    return dict(json.loads(json.dumps(attrs.asdict(config), default=_plain)))
 
 
 def from_dict(like: C, settings: Mapping[str, Any]) -> C:
-    """Return a record like another with these settings; what they do not name stays. The way back from `to_dict`.
+    """Return a record like another with these settings; fields that they do not name stay. It inverts `to_dict`.
 
     Raises:
       ConfigError: a setting that the record does not have; the message names it.
@@ -108,8 +107,7 @@ def from_dict(like: C, settings: Mapping[str, Any]) -> C:
     if unknown := sorted(settings.keys() - fields.keys()):
         raise ConfigError(f"{type(like).__name__}: has no field {', '.join(unknown)}; it has {', '.join(fields)}")
     values = {name: _restored(kinds[name], value, getattr(like, name)) for name, value in settings.items()}
-    changed: C = attrs.evolve(like, **values)  # type: ignore[misc]
-    return changed
+    return attrs.evolve(like, **values)  # type: ignore[misc]
 
 
 def scale_config(config: C, world_size: int) -> C:
@@ -142,15 +140,9 @@ def scale_config(config: C, world_size: int) -> C:
     scale = world_size / reference
     periods = ("max_steps", "log_every", "eval_every", "checkpoint_every")
     scaled = {name: max(1, round(getattr(settings, name) / scale)) for name in periods}
-    changed: C = attrs.evolve(
-        settings,
-        batch_size=settings.batch_size * world_size // reference,
-        lr=settings.lr * scale,
-        warmup_steps=round(settings.warmup_steps / scale),
-        reference_world_size=world_size,
-        **scaled,
-    )
-    return changed
+    scaled |= {"batch_size": settings.batch_size * world_size // reference, "reference_world_size": world_size}
+    scaled |= {"lr": settings.lr * scale, "warmup_steps": round(settings.warmup_steps / scale)}
+    return attrs.evolve(settings, **scaled)  # type: ignore[no-any-return]
 
 
 def _plain(value: Any) -> Any:
@@ -158,14 +150,12 @@ def _plain(value: Any) -> Any:
         return value.name  # as the command line has it
     if isinstance(value, PurePath):
         return str(value)
-    raise TypeError(
-        f"config: got {type(value).__name__} {value!r}, expected a number, text, None, an enum, a path, or attrs "
-        "records of them"
-    )
+    expected = "a number, text, None, an enum, a path, or attrs records of them"
+    raise TypeError(f"config: got {type(value).__name__} {value!r}, expected {expected}")
 
 
 def _restored(kind: Any, value: Any, old: Any) -> Any:
-    """Return what `to_dict` made plain as a value of a field's type; what fits none of its types stays as it is."""
+    """Turn a plain value of `to_dict` back into one of a field's types; it stays as it is if it fits none of them."""
     if attrs.has(type(old)) and isinstance(value, Mapping):
         return from_dict(old, value)
     for one in get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,):

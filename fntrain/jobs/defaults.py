@@ -1,4 +1,4 @@
-"""The parts that a recipe has unless it is given others: optimizer, step, writers, hooks, device, data."""
+"""The default parts of a recipe: optimizer, step, writers, hooks; and how its device and data are chosen."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fntrain import hooks as standard
-from fntrain import schedules, writers
+from fntrain import schedules
 from fntrain.core.errors import ConfigError
 from fntrain.core.hook import AnyHook, hook
 from fntrain.core.state import StepFn, TrainState
@@ -27,6 +27,8 @@ from fntrain.shell.steps.in_place import in_place
 from fntrain.steps.optim import Optimizer, group, optimizer
 from fntrain.steps.settings import LossFn
 from fntrain.steps.supervised import supervised_step
+from fntrain.writers import Writer
+from fntrain.writers import default as usual_writers
 
 _log = logging.getLogger("fntrain")
 
@@ -48,15 +50,9 @@ def build_optimizer(config: Any, model: nn.Module) -> Optimizer:
 
 
 def build_step(config: Any, model: nn.Module, loss_fn: LossFn, optimizer: Optimizer) -> StepFn:
-    """`supervised_step`, run in place, on a GPU as graphs, by several ranks together; the default of a recipe."""
-    step_fn = supervised_step(
-        model,
-        loss_fn,
-        optimizer,
-        accumulate=config.accumulate,
-        clip_grad_norm=config.clip_grad_norm,
-        precision=config.precision,
-    )
+    """Make a supervised step: distributed over several ranks, as CUDA graphs on a GPU, or else in place."""
+    limits = {"accumulate": config.accumulate, "clip_grad_norm": config.clip_grad_norm}
+    step_fn = supervised_step(model, loss_fn, optimizer, precision=config.precision, **limits)
     if ranks().world_size > 1:
         return distribute(step_fn, config.strategy)
     device = next(model.parameters()).device
@@ -64,19 +60,16 @@ def build_step(config: Any, model: nn.Module, loss_fn: LossFn, optimizer: Optimi
 
 
 def no_evaluation(_config: Any, _model: nn.Module) -> None:
-    """The default of a recipe: nothing is evaluated."""
+    """Evaluate nothing; the default of a recipe."""
 
 
-def build_writers(config: Any) -> Sequence[writers.Writer]:
-    """Console, `metrics.jsonl` and TensorBoard files in the run's directory; of a URL in `runs/` of that name."""
-    return writers.default(log_directory(config.output_dir), hparams=to_dict(config))
+def build_writers(config: Any) -> Sequence[Writer]:
+    """Return the usual writers for the run's directory, or for one in `runs/` if that is a URL; used by the hooks."""
+    return usual_writers(log_directory(config.output_dir), hparams=to_dict(config))
 
 
 def default_hooks(
-    job: Job,
-    *own: AnyHook,
-    before_evaluation: Sequence[AnyHook] = (),
-    writers: Sequence[writers.Writer] | None = None,
+    job: Job, *own: AnyHook, before_evaluation: Sequence[AnyHook] = (), writers: Sequence[Writer] | None = None
 ) -> tuple[AnyHook, ...]:
     """The usual hooks in their order: signals, timer, evaluation, your own, metrics, checkpoints, config.json.
 
@@ -102,14 +95,14 @@ def default_hooks(
         *own,
         standard.write_metrics(build_writers(config) if writers is None else writers, every=config.log_every),
         standard.checkpoint(config.output_dir, every=config.checkpoint_every, keep_last=config.keep_last),
-        # Last: a run that the others refuse must not leave its settings in a directory that is another's.
+        # Last: a run that another hook refuses must not leave its settings in the directory of another run.
         hook(before_train=_KeepConfig(config.output_dir, to_dict(config)), name="keep_config"),
     )
 
 
 @attrs.frozen
 class _KeepConfig:
-    """The callback: writes the settings beside the checkpoints, where `ft.predictor` finds them."""
+    """The callback that writes the settings beside the checkpoints, where `ft.predictor` finds them."""
 
     directory: str
     settings: dict[str, Any] = attrs.field(repr=False)
@@ -153,20 +146,22 @@ def as_data(config: Any, data: Any) -> Any:
       >>> as_data(ft.Config(batch_size=2), [1, 2, 3]).samples(0)
       [(0, 2), (0, 0)]
     """
-    is_data_set = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    if not (is_data_set or hasattr(data, "at") or isinstance(data, Iterable)):
-        raise TypeError(
-            f"build_data: returned {type(data).__name__}, expected a data set, a stream, or an iterable of batches"
-        )
-    if hasattr(data, "at") or not is_data_set or isinstance(data, DataLoader):
+    # First: a stream or a loader may have a length and items, as a data set does.
+    if hasattr(data, "at") or isinstance(data, DataLoader):
         return data
-    return stream(data, config.batch_size, seed=config.seed, num_workers=config.num_workers)
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        return stream(data, config.batch_size, seed=config.seed, num_workers=config.num_workers)
+    if not isinstance(data, Iterable):
+        expected = "a data set, a stream, or an iterable of batches"
+        raise TypeError(f"build_data: returned {type(data).__name__}, expected {expected}")
+    return data
 
 
 def from_position(position: int, data: Any) -> Any:
-    """Return data at a position; what can't start there is read from its first batch and passed over.
+    """Return data at a position; of data that can't start there, the batches before the position are read and dropped.
 
-    That is right because `build_data` has made the data anew. A rank's own share stays one: alone, it is not asked for.
+    That is right because `build_data` has just made the data. The share of one rank (`ft.data.own_share`) stays marked
+    as such where there are several ranks.
 
     Example:
       >>> list(from_position(2, [10, 20, 30]))
@@ -177,9 +172,6 @@ def from_position(position: int, data: Any) -> Any:
     if isinstance(data, OwnShare):
         rest = from_position(position, data.data)
         return own_share(rest) if ranks().world_size > 1 else rest
-    _log.warning(
-        "data: %s starts at its first batch; passing over %d, which a stream (ft.data.stream) would not read",
-        type(data).__name__,
-        position,
-    )
+    text = "data: %s starts at its first batch; passing over %d, which a stream (ft.data.stream) would not read"
+    _log.warning(text, type(data).__name__, position)
     return islice(data, position, None)

@@ -1,4 +1,4 @@
-"""Job: a recipe made live. Result: what a run of it returns."""
+"""Job: what a recipe builds, ready for `ft.fit`. Result: what a run of it returns."""
 
 from collections.abc import Callable, Mapping
 from inspect import unwrap
@@ -18,7 +18,7 @@ EvaluationFn = Callable[[TrainState], Mapping[str, Any]]
 
 @attrs.frozen(kw_only=True)
 class Job:
-    """A recipe made live: what `ft.fit` takes, and what hooks may want to know."""
+    """What `ft.build` makes of a recipe: the arguments of `ft.fit`, and what hooks may want to know."""
 
     config: Any
     model: nn.Module = attrs.field(repr=lambda model: type(model).__name__)
@@ -31,11 +31,11 @@ class Job:
 
     @property
     def named_hooks(self) -> list[Hook]:
-        """The single hooks, without their gates, in the order in which they run."""
+        """Return the single hooks, without their gates, in the order in which they run."""
         return [attrs.evolve(one, **UNGATED) for one in flatten(self.hooks)]
 
     def results(self, state: TrainState) -> dict[str, float]:
-        """Return what the evaluation says of a state; nothing is evaluated again if a hook has just reported it."""
+        """Return the results of evaluating a state; they are read off its metrics if a hook has just reported them."""
         if self.evaluation is None:
             return {}
         found: Mapping[str, Any] = self._reported(state)
@@ -44,7 +44,7 @@ class Job:
         return {name: float(value) for name, value in flattened(found).items()}
 
     def _reported(self, state: TrainState) -> dict[str, Any]:
-        """The results in the metrics, of the first hook that evaluates the very weights of the state."""
+        """Return the results in the metrics, by the first hook that evaluates the weights themselves (no average)."""
         callbacks = [unwrap(one.after_step) for one in self.named_hooks if one.after_step]  # `hooks.timed` wraps them
         asked = [callback for callback in callbacks if isinstance(callback, Evaluate)]
         prefixes = [one.prefix for one in asked if one.fn is self.evaluation and one.weights is None]

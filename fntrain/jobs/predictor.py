@@ -27,7 +27,7 @@ from fntrain.steps.module import load_into
 
 @attrs.frozen(kw_only=True)
 class Predictor:
-    """A function of raw inputs; made by `predictor`. The model is its own: training goes on without it."""
+    """A function of raw inputs; made by `predictor`. It owns its model, which training does not change."""
 
     recipe: Recipe = attrs.field(repr=False)
     model: nn.Module = attrs.field(repr=lambda model: type(model).__name__)
@@ -58,20 +58,16 @@ class Predictor:
         with torch.inference_mode():
             outputs = self.recipe.predict_fn(self.model, move_batch(default_collate(list(samples)), device))
         for leaf in leaves(outputs):
-            if (isinstance(leaf, Tensor) and leaf.ndim == 0) or (_is_split(leaf) and len(leaf) != len(samples)):
-                raise ValueError(
-                    f"predict_fn: gave an output of shape {tuple(leaf.shape)} for {len(samples)} samples; expected "
-                    f"tensors whose first dimension is {len(samples)}, in dicts, lists or tuples"
-                )
+            is_scalar = isinstance(leaf, Tensor) and leaf.ndim == 0
+            if is_scalar or (_has_samples(leaf) and len(leaf) != len(samples)):
+                got = f"an output of shape {tuple(leaf.shape)} for {len(samples)} samples"
+                expected = f"tensors whose first dimension is {len(samples)}, in dicts, lists or tuples"
+                raise ValueError(f"predict_fn: gave {got}; expected {expected}")
         return map_batch(Tensor.cpu, outputs)
 
 
 def predictor(
-    recipe: Recipe,
-    checkpoint: TrainState | str | os.PathLike[str],
-    *,
-    config: Any = None,
-    device: str | None = None,
+    recipe: Recipe, checkpoint: TrainState | str | os.PathLike[str], *, config: Any = None, device: str | None = None
 ) -> Predictor:
     """Make a function of raw inputs from a trained recipe: preprocess, model in eval mode, postprocess.
 
@@ -101,7 +97,7 @@ def predictor(
         load_into(model, checkpoint)
     else:
         path = path_of(checkpoint)
-        config = _kept(recipe, path) if config is None else config
+        config = _config_beside(path, recipe) if config is None else config
         model = recipe.build_model(config)
         load_params(latest(path) or path, model)
     config = config if device is None else attrs.evolve(config, device=device)
@@ -110,22 +106,22 @@ def predictor(
 
 
 def _of_sample(outputs: Any, index: int) -> Any:
-    """Return what the outputs for a batch say of one sample: its row of every tensor and array, the rest as it is."""
-    return map_leaves(lambda leaf: leaf[index] if _is_split(leaf) else leaf, outputs)
+    """Return the outputs for one sample: its row of every tensor and array; all other leaves belong to each sample."""
+    return map_leaves(lambda leaf: leaf[index] if _has_samples(leaf) else leaf, outputs)
 
 
-def _is_split(leaf: Any) -> bool:
+def _has_samples(leaf: Any) -> bool:
     return is_array(leaf) and leaf.ndim > 0
 
 
-def _kept(recipe: Recipe, path: AnyPath) -> Any:
-    """The settings kept with a checkpoint: in its directory, the run's, or the one above (`best/` is in the run's)."""
+def _config_beside(path: AnyPath, recipe: Recipe) -> Any:
+    """Return the settings in the config.json of a checkpoint's run, which may lie up to two directories above it."""
     path = path.absolute()
     for one in (path, path.parent, path.parent.parent):
         kept = one / "config.json"
         if kept.is_file():
             try:
                 return from_dict(recipe.config, json.loads(kept.read_bytes()))
-            except (ValueError, AttributeError) as error:
+            except (ValueError, AttributeError) as error:  # no JSON, another field, or no object at the top
                 raise ConfigError(f"{kept}: is not of this recipe ({error}); give config=...") from error
     return recipe.config

@@ -1,10 +1,12 @@
-"""Recipe: a training job as a value. Its parts are functions; another job is this one with some of them replaced."""
+"""Recipe: a training job as a value whose parts are functions. Replace some of them, and it is another job."""
 
 import logging
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import attrs
+from toolz import identity
 from torch import nn
 
 from fntrain.core.check import function
@@ -14,16 +16,8 @@ from fntrain.core.hook import AnyHook
 from fntrain.core.ranks import ALONE
 from fntrain.core.rng import seed_all
 from fntrain.core.state import Run, StepFn
+from fntrain.jobs import defaults
 from fntrain.jobs.config import Config, scale_config
-from fntrain.jobs.defaults import (
-    as_data,
-    build_optimizer,
-    build_step,
-    default_hooks,
-    device_of,
-    from_position,
-    no_evaluation,
-)
 from fntrain.jobs.job import EvaluationFn, Job, Result
 from fntrain.shell.checkpoints.resume import resume_or
 from fntrain.shell.checkpoints.save_load import checkpoints
@@ -34,14 +28,6 @@ from fntrain.steps.optim import Optimizer
 from fntrain.steps.settings import LossFn
 
 _log = logging.getLogger("fntrain")
-
-
-def _identity(value: Any) -> Any:
-    return value
-
-
-def _forward(model: nn.Module, batch: Any) -> Any:
-    return model(batch)
 
 
 @attrs.frozen(kw_only=True, repr=False)
@@ -75,36 +61,32 @@ class Recipe:
     build_model: Callable[[Any], nn.Module]
     build_data: Callable[[Any], Any]
     loss_fn: LossFn
-    build_optimizer: Callable[[Any, nn.Module], Optimizer] = build_optimizer
-    build_step: Callable[[Any, nn.Module, LossFn, Optimizer], StepFn] = build_step
-    build_evaluation: Callable[[Any, nn.Module], EvaluationFn | None] = no_evaluation
-    build_hooks: Callable[[Job], Iterable[AnyHook]] = default_hooks
-    preprocess: Callable[[Any], Any] = _identity
-    predict_fn: Callable[[nn.Module, Any], Any] = _forward
-    postprocess: Callable[[Any], Any] = _identity
+    build_optimizer: Callable[[Any, nn.Module], Optimizer] = defaults.build_optimizer
+    build_step: Callable[[Any, nn.Module, LossFn, Optimizer], StepFn] = defaults.build_step
+    build_evaluation: Callable[[Any, nn.Module], EvaluationFn | None] = defaults.no_evaluation
+    build_hooks: Callable[[Job], Iterable[AnyHook]] = defaults.default_hooks
+    preprocess: Callable[[Any], Any] = identity
+    predict_fn: Callable[[nn.Module, Any], Any] = operator.call  # model(batch)
+    postprocess: Callable[[Any], Any] = identity
 
     def __attrs_post_init__(self) -> None:
+        kind = type(self.config)
         if not isinstance(self.config, Config):
-            raise TypeError(
-                f"config: got {type(self.config).__name__}, expected ft.Config(...) or a class derived from it"
-            )
-        own = vars(type(self.config))
-        if own.get("__annotations__") and "__attrs_attrs__" not in own:
-            raise TypeError(
-                f"config: {type(self.config).__name__} is no record; put @attrs.frozen(kw_only=True) above it"
-            )
+            raise TypeError(f"config: got {kind.__name__}, expected ft.Config(...) or a class derived from it")
+        if vars(kind).get("__annotations__") and "__attrs_attrs__" not in vars(kind):
+            raise TypeError(f"config: {kind.__name__} is no record; put @attrs.frozen(kw_only=True) above it")
         for field in attrs.fields(Recipe):
             if field.name != "config":
                 function(field.name, getattr(self, field.name))
 
     def __repr__(self) -> str:
-        parts = {field.name: getattr(self, field.name) for field in attrs.fields(Recipe)}
-        own = {field.name for field in attrs.fields(Recipe) if parts[field.name] is not field.default}
-        return f"Recipe({', '.join(f'{name}={called(part)}' for name, part in parts.items() if name in own)})"
+        parts = ((field, getattr(self, field.name)) for field in attrs.fields(Recipe))
+        changed = (f"{field.name}={called(part)}" for field, part in parts if part is not field.default)
+        return f"Recipe({', '.join(changed)})"
 
 
 def build(recipe: Recipe, config: Any = None, *, load_weights: bool = True) -> Job:
-    """Make a recipe live: model, optimizer, data, step, evaluation and hooks, and the state before the first step.
+    """Build the parts of a recipe: model, optimizer, data, step, evaluation, hooks, and the state to start from.
 
     The default generators are seeded with `config.seed` for the model's first weights. With `reference_world_size` the
     config is scaled to the number of processes, see `ft.scale_config`.
@@ -125,28 +107,24 @@ def build(recipe: Recipe, config: Any = None, *, load_weights: bool = True) -> J
       2
     """
     config = scale_config(_config_of(recipe, config), ranks().world_size)
-    device = device_of(config)
-    seed_all(config.seed)
+    device = defaults.device_of(config)
+    seed_all(config.seed)  # of this seed the first weights are drawn
     model = recipe.build_model(config)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"build_model: returned {type(model).__name__}, expected a torch.nn.Module")
+    _expect(isinstance(model, nn.Module), "build_model", model, "a torch.nn.Module")
     model.to(device)
     if config.weights is not None and load_weights:
         load_params(config.weights, model)
     optimizer = recipe.build_optimizer(config, model)
-    step_fn = _checked("build_step", recipe.build_step(config, model, recipe.loss_fn, optimizer), "a step function")
-    job = Job(
-        config=config,
-        model=model,
-        optimizer=optimizer,
-        step_fn=step_fn,
-        data=as_data(config, recipe.build_data(config)),
-        state=init_state(model, optimizer, seed=config.seed),
-        evaluation=_checked("build_evaluation", recipe.build_evaluation(config, model), "ft.evaluation(...) or None"),
-    )
+    step_fn = recipe.build_step(config, model, recipe.loss_fn, optimizer)
+    _expect(callable(step_fn), "build_step", step_fn, "a step function")
+    data = defaults.as_data(config, recipe.build_data(config))
+    state = init_state(model, optimizer, seed=config.seed)
+    evaluation = recipe.build_evaluation(config, model)
+    _expect(evaluation is None or callable(evaluation), "build_evaluation", evaluation, "ft.evaluation(...) or None")
+    parts = {"step_fn": step_fn, "data": data, "state": state, "evaluation": evaluation}
+    job = Job(config=config, model=model, optimizer=optimizer, **parts)
     hooks = recipe.build_hooks(job)
-    if not isinstance(hooks, AnyHook | Iterable):
-        raise TypeError(f"build_hooks: returned {type(hooks).__name__}, expected hooks, such as ft.default_hooks(job)")
+    _expect(isinstance(hooks, AnyHook | Iterable), "build_hooks", hooks, "hooks, such as ft.default_hooks(job)")
     return attrs.evolve(job, hooks=(hooks,) if isinstance(hooks, AnyHook) else tuple(hooks))
 
 
@@ -186,35 +164,34 @@ def run(recipe: Recipe, config: Any = None, *, resume: bool = True, eval_only: b
         where = f"{config.output_dir}: holds no checkpoint" if resume else "eval_only without resume: no checkpoint"
         raise CheckpointError(f"{where} to evaluate, and config.weights is None")
     state = resume_or(job.state, config.output_dir) if resume else job.state
+    # `fit` does the same, but `eval_only` leaves it out, and the evaluation asks the state for its ranks.
     state = state.replace(run=Run(ranks=getattr(job.step_fn, "ranks", ALONE)))
     if not eval_only:
-        data = from_position(state.position, job.data)
+        data = defaults.from_position(state.position, job.data)
         state = fit(job.step_fn, job.hooks, state=state, data=data, max_steps=config.max_steps)
     return Result(state=state, results=job.results(state))
 
 
 def called(part: Any) -> str:
-    """Return a function's name, or what else stands for a part of a recipe.
+    """Return the name of a part of a recipe if it is a function, else its repr.
 
     Example:
-      >>> called(build_step), called(3)
+      >>> called(defaults.build_step), called(3)
       ('build_step', '3')
     """
     return str(getattr(part, "__qualname__", repr(part)))
 
 
 def _config_of(recipe: Recipe, config: Any) -> Any:
-    """The recipe's settings, or those given instead, which must have all of its fields."""
+    """Return the recipe's settings, or those given in their place, which must have all of their fields."""
     kind = type(recipe.config)
     if config is not None and not isinstance(config, kind):
-        raise TypeError(
-            f"config: got {type(config).__module__}.{type(config).__qualname__}, expected {kind.__module__}."
-            f"{kind.__qualname__}, as the recipe has it; make one by attrs.evolve(recipe.config, ...)"
-        )
+        got, expected = (f"{one.__module__}.{one.__qualname__}" for one in (type(config), kind))
+        advice = "as the recipe has it; make one by attrs.evolve(recipe.config, ...)"
+        raise TypeError(f"config: got {got}, expected {expected}, {advice}")
     return recipe.config if config is None else config
 
 
-def _checked(part: str, value: Any, expected: str) -> Any:
-    if not callable(value) and not (value is None and expected.endswith("None")):
+def _expect(accepted: bool, part: str, value: Any, expected: str) -> None:
+    if not accepted:
         raise TypeError(f"{part}: returned {type(value).__name__}, expected {expected}")
-    return value

@@ -6,7 +6,7 @@ Read first: `steps` (a step on the module's own memory), then `checkpoints`.
 
 from typing import TYPE_CHECKING
 
-from fntrain.lazy import exported_later
+from fntrain.lazy import imported_on_first_use
 from fntrain.shell.distributed.connected import alone, ranks
 from fntrain.shell.distributed.distribute import distribute
 from fntrain.shell.setup import setup
@@ -18,30 +18,14 @@ if TYPE_CHECKING:
     from fntrain.shell.launching.launch import launch
     from fntrain.shell.weights.dcp import from_dcp, to_dcp
 
-__all__ = [
-    "alone",
-    "compile_step",
-    "cuda_step",
-    "distribute",
-    "from_dcp",
-    "in_place",
-    "launch",
-    "ranks",
-    "setup",
-    "to_dcp",
-]
+__all__ = [  # noqa: RUF022 (by theme)
+    # steps
+    "compile_step", "cuda_step", "in_place",
+    # processes
+    "alone", "distribute", "launch", "ranks", "setup",
+    # weights
+    "from_dcp", "to_dcp",
+]  # fmt: skip
 
-__getattr__ = exported_later(
-    globals(),
-    {
-        "from_dcp": "fntrain.shell.weights.dcp",
-        "launch": "fntrain.shell.launching.launch",
-        "launching": "fntrain.shell.launching",
-        "to_dcp": "fntrain.shell.weights.dcp",
-        "weights": "fntrain.shell.weights",
-    },
-)
-
-
-def __dir__() -> list[str]:
-    return __all__
+_ON_FIRST_USE = {"launching.launch": "launch", "weights.dcp": "from_dcp to_dcp"}
+__getattr__, __dir__ = imported_on_first_use(globals(), _ON_FIRST_USE)

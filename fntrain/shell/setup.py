@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -61,26 +62,9 @@ def setup(
     one_of("float32_precision", float32_precision, ("ieee", "tf32", None))
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     root = local_path("directory", directory)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        file = _File(root / (f"log_rank{rank}.txt" if rank else "log.txt"), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"output_dir: can't be written to: {error}") from error
-    for handler in list(_log.handlers):
-        if isinstance(handler, _Console | _File):
-            _log.removeHandler(handler)
-            handler.close()
-    formatter = logging.Formatter(f"%(asctime)s %(levelname)s {f'rank {rank}: ' if rank else ''}%(message)s")
-    handlers: list[logging.Handler] = [file]
-    if not logging.getLogger().handlers:  # the root logger's show it already
-        handlers.append(_Console(sys.stderr))
-        handlers[-1].setLevel(logging.WARNING if rank else logging.NOTSET)
-    for handler in handlers:
-        handler.setFormatter(formatter)
-        _log.addHandler(handler)
+    _log_to(root, rank)
     _log.setLevel(level)
-    _log.info("command: %s", " ".join(sys.argv))
-    for line in environment():
+    for line in (f"command: {' '.join(sys.argv)}", *environment()):
         _log.info(line)
     if config is not None and rank == 0:
         keep_config(root, config)
@@ -92,7 +76,7 @@ def setup(
 
 
 def log_directory(output_dir: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """Return where the logs of a run go: to its directory or, if that is a URL, to a local one named after it.
+    """Return the directory for the logs of a run: its own or, if that is a URL, a local one named after it.
 
     Example:
       >>> log_directory("runs/digits"), log_directory("s3://bucket/digits")
@@ -109,16 +93,15 @@ def environment() -> list[str]:
       >>> environment()[0].startswith("python ")
       True
     """
-    lines = [f"python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"]
-    lines.append(f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        lines.append(
-            f"cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
-        )
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_CUDA_ALLOC_CONF")
-    lines += [f"{name}={os.environ[name]}" for name in names if name in os.environ]
-    return lines
+    version = torch.version.cuda
+    return [
+        f"python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}",
+        f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads",
+        *(f"cuda:{i} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, CUDA {version}" for i, gpu in enumerate(gpus)),
+        *(f"{name}={os.environ[name]}" for name in names if name in os.environ),
+    ]
 
 
 def keep_config(directory: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
@@ -136,7 +119,7 @@ def keep_config(directory: str | os.PathLike[str], config: Mapping[str, Any]) ->
     if path.exists():
         try:
             changed = differences(json.loads(path.read_bytes()), config)
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError):  # no JSON, or no object at the top
             changed = [f"{path} was no config"]
         for line in changed:
             _log.warning("config changed since the last run here: %s", line)
@@ -144,6 +127,7 @@ def keep_config(directory: str | os.PathLike[str], config: Mapping[str, Any]) ->
         path.write_bytes(text.encode())
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Renamed when it is whole: a reader, or the next run after a kill, never sees half a file.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
@@ -167,8 +151,29 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 class _Console(logging.StreamHandler):  # type: ignore[type-arg]
-    """The handler that setup has added, to be found again."""
+    """The console handler that setup adds; a class of its own, so that the next call finds and removes it."""
 
 
 class _File(logging.FileHandler):
-    """The handler that setup has added, to be found again."""
+    """The handler of `log.txt`, likewise."""
+
+
+def _log_to(root: Path, rank: int) -> None:
+    """Replace the handlers of an earlier call by a file in the directory, and by the console if nothing logs there."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        handlers: list[logging.Handler] = [
+            _File(root / (f"log_rank{rank}.txt" if rank else "log.txt"), encoding="utf-8")
+        ]
+    except OSError as error:
+        raise ConfigError(f"output_dir: can't be written to: {error}") from error
+    if not logging.getLogger().handlers:  # the root logger's handlers show it already
+        handlers.append(_Console(sys.stderr))
+        handlers[-1].setLevel(logging.WARNING if rank else logging.NOTSET)
+    for former in [one for one in _log.handlers if isinstance(one, _Console | _File)]:
+        _log.removeHandler(former)
+        former.close()
+    formatter = logging.Formatter(f"%(asctime)s %(levelname)s {f'rank {rank}: ' if rank else ''}%(message)s")
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        _log.addHandler(handler)

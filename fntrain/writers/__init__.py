@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fntrain.lazy import exported_later
+from fntrain.lazy import imported_on_first_use
 from fntrain.writers.console import Console, console
 from fntrain.writers.jsonl import Jsonl, jsonl
 from fntrain.writers.memory import Memory, memory
@@ -41,21 +41,12 @@ __all__ = [
     "wandb",
 ]
 
-__getattr__ = exported_later(
-    globals(),
-    {
-        "MLflow": "fntrain.writers.trackers.mlflow",
-        "Trackio": "fntrain.writers.trackers.trackio",
-        "Wandb": "fntrain.writers.trackers.wandb",
-        "mlflow": "fntrain.writers.trackers.mlflow",
-        "trackio": "fntrain.writers.trackers.trackio",
-        "wandb": "fntrain.writers.trackers.wandb",
-    },
-)
-
-
-def __dir__() -> list[str]:
-    return __all__
+_ON_FIRST_USE = {
+    "trackers.mlflow": "MLflow mlflow",
+    "trackers.trackio": "Trackio trackio",
+    "trackers.wandb": "Wandb wandb",
+}
+__getattr__, __dir__ = imported_on_first_use(globals(), _ON_FIRST_USE)
 
 
 def default(directory: str | os.PathLike[str], *, hparams: Mapping[str, Any] | None = None) -> tuple[Writer, ...]:

@@ -317,7 +317,7 @@ def test_an_error_names_the_callback_that_went_back_or_would_have(tmp_path):
     best = ft.hooks.best_checkpoint(tmp_path, "loss", mode="min")
     with pytest.raises(ValueError, match="no number") as caught:
         run([rollback(), best], ["no number"])
-    assert "in _Live.look of hook 'rollback_on_spike', at step 1" in caught.value.__notes__
+    assert "in _SpikeWatch.look of hook 'rollback_on_spike', at step 1" in caught.value.__notes__
 
     def fails(_number, state):
         raise KeyError

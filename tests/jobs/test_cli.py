@@ -260,7 +260,7 @@ class Pair:
             {"build_data": lambda config: iter([Pair()]), "loss_fn": lambda model, pair: model(pair.x).mean()},
             "  batch                 Pair\n",
         ),
-        ({"build_evaluation": ft.jobs.recipe.no_evaluation}, "evaluation\n  None\n"),
+        ({"build_evaluation": ft.jobs.defaults.no_evaluation}, "evaluation\n  None\n"),
     ],
 )  # fmt: skip
 def test_a_dry_run_knows_other_parts_than_the_usual(capsys, part, words):

@@ -238,7 +238,7 @@ def test_eval_only_measures_and_writes_nothing(tmp_path):
         ft.run(RECIPE, config(tmp_path / "run"), eval_only=True, resume=False)
     with pytest.raises(ft.ConfigError, match="build_evaluation"):
         ft.run(
-            attrs.evolve(RECIPE, build_evaluation=ft.jobs.recipe.no_evaluation),
+            attrs.evolve(RECIPE, build_evaluation=ft.jobs.defaults.no_evaluation),
             config(tmp_path / "run"),
             eval_only=True,
         )

@@ -19,7 +19,7 @@ from fntrain.core.state import TrainState
 from fntrain.shell.checkpoints.commit import store_at
 from fntrain.shell.checkpoints.manifest import MANIFEST, MODEL, TRAIN
 from fntrain.shell.checkpoints.paths import AnyPath, path_of
-from fntrain.shell.checkpoints.reading import Verify, check_verify, read_state
+from fntrain.shell.checkpoints.reading import Verify, Wanted, check_verify, copied, read_state
 from fntrain.shell.checkpoints.save_load import newest, without_aliases
 from fntrain.shell.checkpoints.store import as_checkpoint_error, gather_or_raise
 from fntrain.shell.distributed.connected import ranks
@@ -99,10 +99,10 @@ class _Target:
         split = {name: param for name, param in params.items() if tree.local(param) is not param}
         memory = self._memory() if isinstance(path, Path) else {}  # a network should not be asked twice
         accept = partial(self._accept, path) if memory else None
-        read = partial(read_state, path, verify=verify, device=device, split=split, into=memory, accept=accept)
+        wanted = Wanted(verify=verify, device=device, split=split, into=memory, accept=accept)
         found: list[TrainState] = []
         # Each rank reads other bytes: what one finds damaged, all have to pass over.
-        gather_or_raise(ranks() if split else ALONE, lambda: found.append(read()))
+        gather_or_raise(ranks() if split else ALONE, lambda: found.append(read_state(path, wanted)))
         return found[0]
 
     def _memory(self) -> dict[str, Tensor]:
@@ -142,12 +142,9 @@ class _Target:
             laid_out = {field: {n: _laid_out(want[n], have[n]) for n in want} for field, (have, want) in pairs.items()}
             return found.replace(**laid_out)
         self._consume()
-        with torch.no_grad():
-            for field, want in self.tensors.items():
-                for name, tensor in want.items():
-                    have = getattr(found, field)[name]
-                    if have is not tensor:  # it was not read straight into that memory
-                        tree.local(tensor).copy_(tree.local(tree.split_like(tensor, have)))
+        for field, want in self.tensors.items():
+            for name, tensor in want.items():
+                copied(tensor, getattr(found, field)[name])
         fields: dict[str, Any] = {**self.tensors, "opt_state": dict(found.opt_state)}
         return found.replace(**{field: Leased(fields[field], self.home, field, found.step) for field in fields})
 

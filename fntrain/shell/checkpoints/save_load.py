@@ -1,7 +1,7 @@
 """save, load and latest: what users call; resume.py has resume_or.
 
 saver.py saves in the background. A save goes from here or there to contents.py (what is to be written), commit.py (the
-order of effects), writing.py and tensor_file.py; a load to reading.py, manifest.py and tensor_file.py.
+order of effects) and tensor_file.py; a load to reading.py, manifest.py and tensor_file.py.
 """
 
 import logging
@@ -20,7 +20,7 @@ from fntrain.core.state import TrainState, named_leaves
 from fntrain.shell.checkpoints.commit import commit, store_at
 from fntrain.shell.checkpoints.contents import Contents
 from fntrain.shell.checkpoints.paths import AnyPath, path_of
-from fntrain.shell.checkpoints.reading import Verify, check, check_verify, read_state
+from fntrain.shell.checkpoints.reading import Verify, Wanted, check, check_verify, read_state
 from fntrain.shell.checkpoints.store import Store, committed
 from fntrain.shell.checkpoints.upgrade import SchemaError
 
@@ -70,17 +70,14 @@ def load(path: str | os.PathLike[str], *, into: TrainState | None = None, verify
     """
     check_verify(verify)
     if into is None:
-        return read_state(path_of(path), verify=verify)
+        return read_state(path_of(path), Wanted(verify=verify))
     memory = without_aliases({leaf: value for leaf, value in named_leaves(into) if isinstance(value, Tensor)})
-    homes = {}
-    for field in FIELDS:
-        mapping: Any = getattr(into, field)
-        if type(mapping) is Leased:
-            homes[field] = mapping.home
-    names = {field: {f"{field}.{name}" for name in getattr(into, field)} for field in homes if field != "opt_state"}
+    mappings: dict[str, Any] = {field: getattr(into, field) for field in FIELDS}
+    homes = {field: mapping.home for field, mapping in mappings.items() if type(mapping) is Leased}
+    names = {field: {f"{field}.{name}" for name in mappings[field]} for field in homes if field != "opt_state"}
     for field, home in homes.items():
         home.end(f"ft.load({os.fspath(path)!r}, into=...)", field)
-    loaded = read_state(path_of(path), verify=verify, into=memory)
+    loaded = read_state(path_of(path), Wanted(verify=verify, into=memory))
     leased = {}
     for field, home in homes.items():
         tensors = dict(getattr(loaded, field))

@@ -62,6 +62,7 @@ def commit(store: Store, contents: Contents, data: Iterable[memoryview]) -> AnyP
             def begin() -> Attempt | None:
                 return stack.enter_context(store.attempt(contents.step, shared=several)) if ranks.rank == 0 else None
 
+            # Each gather is a barrier: the manifest is written only when the files of all ranks are on the disk.
             attempt = gather_or_raise(ranks, begin, store.errors)[0]
             assert attempt is not None
             directory, mark = store.root / attempt.directory, own + attempt.mark
@@ -78,15 +79,14 @@ def commit(store: Store, contents: Contents, data: Iterable[memoryview]) -> AnyP
             gather_or_raise(ranks, finish, store.errors)
     except (CheckpointError, store.errors) as error:
         if isinstance(error, CheckpointError) and not several:
-            raise  # it says itself what is wrong
-        raise CheckpointError(
-            f"{target}: could not be written: {error}; earlier checkpoints are as they were"
-        ) from error
+            raise  # its message says what is wrong and where
+        why = f"{target}: could not be written: {error}; earlier checkpoints are as they were"
+        raise CheckpointError(why) from error
     return target
 
 
 def _check_others(directory: AnyPath, written: Sequence[Written]) -> None:
-    """Refuse a directory that each rank has for itself: the first must find there what the others have written."""
+    """Refuse a directory that the ranks do not share: the first rank must find there what the others have written."""
     for name, file in merge([one.files for one in written]).items():
         with opened(directory / name) as reader:
             if reader.bytes != file.bytes:
@@ -101,6 +101,8 @@ def write_tensors(contents: Contents, data: Iterable[memoryview], directory: Any
       data: the values, in the order of `contents.tensors`; taken as they are written.
       directory: that exists.
       mark: put into the names of the files, where other ranks write too or files of an earlier attempt must stay.
+
+    Checksums are computed in another thread while this one writes: zlib and the system calls release the GIL.
     """
     left = iter(data)
     files: dict[str, File] = {}

@@ -1,6 +1,6 @@
-"""What a checkpoint has of a state: its tensors, and the rest as JSON; and a state made of these again.
+"""Takes a state apart into tensors and JSON, for a checkpoint, and builds it from these again.
 
-Before anything is written, every leaf is looked at here.
+Every leaf is checked here before anything is written, so that a leaf that can't be saved costs no half checkpoint.
 """
 
 import math
@@ -112,14 +112,13 @@ def _part(leaf: str, tensor: Tensor, ranks: Ranks) -> Part:
 
 
 def _check_names(tensors: list[Stored]) -> None:
-    """Refuse two tensors of one name in a file, and a name that the format has for itself."""
+    """Refuse two tensors of one name in a file, and the name that the format reserves."""
     taken: set[tuple[str, str]] = set()
     for stored in tensors:
         key = (stored.parts[0].file, stored.name)
         if key in taken or stored.name == "__metadata__":
-            raise CheckpointError(
-                f"state.{stored.leaf}: the name {stored.name!r} is taken by a parameter or the format; rename one"
-            )
+            why = f"the name {stored.name!r} is taken by a parameter or the format; rename one"
+            raise CheckpointError(f"state.{stored.leaf}: {why}")
         taken.add(key)
 
 
@@ -167,7 +166,7 @@ def state_of(structure: Any, tensors: Mapping[str, Tensor], path: AnyPath, file:
       structure: as `encode` makes it.
       tensors: by dotted path.
       path: of the checkpoint; if its name is that of a step, the state must be of that step.
-      file: of it, that the structure comes from, for the message.
+      file: the one in the checkpoint that the structure comes from, for the message.
     Raises:
       CheckpointError: the structure is damaged, or the directory was renamed.
     """
@@ -190,7 +189,7 @@ def check_fields(fields: Any) -> None:
       Traceback (most recent call last):
       TypeError: is list, expected a dict
     """
-    _expect(Mapping, fields)  # a tensor can be indexed too
+    _expect(Mapping, fields)
     for name in ("params", "buffers", "opt_state", "hooks", "extra"):
         _expect(Mapping, fields[name], f"{name}: ")
     for name in ("step", "position", "seed"):

@@ -21,6 +21,7 @@ from fntrain.shell.checkpoints.tensor_file import PART, crc32, nbytes
 from fntrain.shell.checkpoints.upgrade import SCHEMA, upgraded
 
 MODEL, TRAIN, MANIFEST = "model.safetensors", "train.safetensors", "state.json"
+# Read by a pattern: JSON with a flipped bit may be other JSON, so nothing is parsed before its checksum is right.
 _SEALED = re.compile(rb'\{"crc32": (\d{1,10}), "manifest": (.*)\}', re.DOTALL)
 _FILE = re.compile(r"(model|train)[0-9a-z-]{0,40}\.safetensors")
 
@@ -92,7 +93,7 @@ class Manifest:
     """What a checkpoint holds.
 
     Args:
-      structure: the state as JSON, see structure.py.
+      structure: the state as JSON, see contents.py.
       piece: number of bytes under one checksum.
       files: of tensors, by name.
       tensors: by dotted path.
@@ -134,6 +135,7 @@ def dumps(structure: Any, files: Mapping[str, File], tensors: Sequence[Stored]) 
     }
     if split:
         manifest["whole"] = {leaf: _as_json(stored) for leaf, stored in split.items()}
+    # nan is no JSON. `encode` has written it as its bits, so one that is here is a fault, and must not reach the disk.
     text = json.dumps(manifest, allow_nan=False).encode()
     return b'{"crc32": %d, "manifest": %s}' % (crc32(text), text)
 

@@ -48,8 +48,7 @@ class RemotePath:
     def __fspath__(self) -> str:
         return self.url
 
-    def __str__(self) -> str:
-        return self.url
+    __str__ = __fspath__
 
     def __repr__(self) -> str:
         return f"RemotePath({self.url!r})"

@@ -1,4 +1,7 @@
-"""Reads checkpoints and checks every byte: each checksum is computed while its bytes are in the processor's cache."""
+"""Reads checkpoints and checks every byte, on several threads.
+
+Bytes are read a little at a time, so that their checksum is computed while they are in the processor's cache.
+"""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +24,11 @@ from fntrain.shell.checkpoints.tensor_file import DTYPES, PART, Reader, crc32, g
 Verify = Literal["full", "structure"]
 
 
+def _known(_: object, __: object, verify: str) -> None:
+    if verify not in ("full", "structure"):
+        raise ValueError(f'verify: got {verify!r}, expected "full" or "structure"')
+
+
 @attrs.frozen(kw_only=True)
 class Wanted:
     """What to read, and where to put it.
@@ -38,7 +46,7 @@ class Wanted:
         the state; in the tensors of `into` there are no values of the checkpoint then, nor in what is returned if not.
     """
 
-    verify: Verify = "full"
+    verify: Verify = attrs.field(default="full", validator=_known)
     values: bool = True
     into: Mapping[str, Tensor] = attrs.field(factory=dict)
     device: torch.device | None = None
@@ -48,9 +56,8 @@ class Wanted:
     def like(self, stored: Stored) -> Tensor | None:
         """The parameter that a tensor is split over ranks like, if it is."""
         field, _, name = stored.leaf.partition(".")
-        while (
-            field == "opt_state" and name not in self.split and name
-        ):  # optimizer state lies below the parameter's name
+        # What the optimizer keeps lies below the parameter's name: opt_state.fc.weight.exp_avg.
+        while field == "opt_state" and name and name not in self.split:
             name = name.rpartition(".")[0]
         found = self.split.get(name) if field in ("params", "opt_state") and stored.stride is None else None
         return found if found is not None and tuple(found.shape) == stored.shape else None
@@ -80,12 +87,6 @@ def copied(into: Tensor, tensor: Tensor) -> Tensor:
     return into
 
 
-def check_verify(verify: Verify) -> None:
-    """Raise ValueError for another word, before anything is read or written over."""
-    if verify not in ("full", "structure"):
-        raise ValueError(f'verify: got {verify!r}, expected "full" or "structure"')
-
-
 def read_state(path: AnyPath, wanted: Wanted) -> TrainState:
     """Read one checkpoint and check it.
 
@@ -96,13 +97,9 @@ def read_state(path: AnyPath, wanted: Wanted) -> TrainState:
     return state_of(manifest.structure, _read(path, manifest, wanted), path)
 
 
-def check(path: AnyPath, *, verify: Verify = "full") -> TrainState:
-    """Raise CheckpointError unless one checkpoint is whole; takes no memory for its tensors.
-
-    Returns:
-      the state, with tensors on the device "meta", that have no values.
-    """
-    return read_state(path, Wanted(verify=verify, values=False))
+def check(path: AnyPath) -> None:
+    """Raise CheckpointError unless every byte of a checkpoint is as it was written; takes no memory for its tensors."""
+    read_state(path, Wanted(values=False))
 
 
 def read_model(path: AnyPath) -> dict[str, Tensor]:
@@ -124,6 +121,7 @@ def _read(path: AnyPath, manifest: Manifest, wanted: Wanted) -> dict[str, Tensor
                 _check_head(readers[name], file)
             given = {leaf: wanted.given(stored) for leaf, stored in manifest.tensors.items()}
             tensors = {leaf: wanted.memory(manifest.tensors[leaf]) if at is None else at for leaf, at in given.items()}
+            # Into memory that was given they are read twice: first only checked, then, if accepted, written over.
             late = [leaf for leaf, at in given.items() if at is not None and wanted.accept]
             first = {**tensors, **dict.fromkeys(late)} if wanted.values else dict.fromkeys(tensors)
             _read_all(_pieces(manifest, first, readers, wanted), wanted.verify)
@@ -180,7 +178,7 @@ class _Piece:
             self.view[:] = view[self.skip : self.skip + len(self.view)]
 
     def _checksum(self, view: memoryview | None, verify: Verify) -> int:
-        """Read a little at a time, so that the checksum finds it in the cache; returns the checksum."""
+        """Read the bytes into the view, or nowhere if it is None; returns their checksum."""
         found, step = 0, self.reader.piece
         scratch = memoryview(bytearray(min(step, self.nbytes) if view is None else 0))
         for at in range(0, self.nbytes, step):
@@ -260,7 +258,6 @@ def _laid_out(path: AnyPath, stored: Stored, tensor: Tensor, given: Tensor | Non
         if tuple(dense) != stored.stride:
             raise ValueError("not dense")
     except (TypeError, RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path / stored.parts[0].file}: {stored.leaf}: damaged stride {stored.stride!r} in the manifest"
-        ) from error
+        where = f"{path / stored.parts[0].file}: {stored.leaf}"
+        raise CheckpointError(f"{where}: damaged stride {stored.stride!r} in the manifest") from error
     return torch.empty_strided(tensor.shape, stored.stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

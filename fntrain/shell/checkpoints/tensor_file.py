@@ -11,11 +11,13 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from contextlib import AbstractContextManager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from toolz import mapcat
 
 from fntrain.core.errors import CheckpointError
 from fntrain.shell.checkpoints.paths import AnyPath, RemotePath
@@ -51,7 +53,12 @@ def crc32_parts(data: memoryview) -> list[int]:
       >>> crc32_parts(memoryview(b""))
       [0]
     """
-    return [crc32(data[at : at + PART]) for at in range(0, data.nbytes, PART)] or [0]
+    return [crc32(piece) for piece in _cut(data, PART)] or [0]
+
+
+def _cut(data: Buffer, size: int) -> Iterator[memoryview]:
+    view = memoryview(data)
+    return (view[at : at + size] for at in range(0, view.nbytes, size))
 
 
 @cache
@@ -93,7 +100,7 @@ def nbytes(dtype: str, shape: Sequence[int]) -> int:
     return math.prod(shape, start=DTYPES[dtype][0].itemsize)
 
 
-class Writer:
+class Writer(AbstractContextManager["Writer"]):
     """Writes one local file, which is on the disk (fsync) when the context is left."""
 
     def __init__(self, path: AnyPath) -> None:
@@ -101,13 +108,9 @@ class Writer:
         self.written = 0
         self.file = self._created()
 
-    def __enter__(self) -> "Writer":
-        return self
-
     def write(self, *data: Buffer) -> None:
         """Write all of it, in order; nothing is copied."""
-        for group in grouped(_pieces(data), _WRITE):
-            begin = self.written
+        for group in grouped(mapcat(partial(_cut, size=_WRITE), data), _WRITE):
             while group:
                 count = self._write_some(group)
                 self.written += count
@@ -115,7 +118,6 @@ class Writer:
                     count -= group.pop(0).nbytes
                 if group:
                     group[0] = group[0][count:]
-            self._flush_soon(begin)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
@@ -128,12 +130,11 @@ class Writer:
         return Path(self.path).open("wb", buffering=0)
 
     def _write_some(self, group: list[memoryview]) -> int:
-        return os.writev(self.file.fileno(), group)
-
-    def _flush_soon(self, begin: int) -> None:
+        count = os.writev(self.file.fileno(), group)
         if hasattr(os, "posix_fadvise"):  # not on macOS
             # The kernel begins to write to the disk now, while we go on; otherwise it would begin with the fsync.
-            os.posix_fadvise(self.file.fileno(), begin, self.written - begin, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self.file.fileno(), self.written, count, os.POSIX_FADV_DONTNEED)
+        return count
 
 
 class RemoteWriter(Writer):
@@ -156,9 +157,6 @@ class RemoteWriter(Writer):
 
     def _write_some(self, group: list[memoryview]) -> int:
         return int(self.file.write(group[0]))
-
-    def _flush_soon(self, begin: int) -> None:
-        """The file system sends blocks by itself."""
 
 
 def created(path: AnyPath) -> Writer:
@@ -195,14 +193,7 @@ def grouped(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield group
 
 
-def _pieces(data: Iterable[Buffer]) -> Iterator[memoryview]:
-    for one in data:
-        view = memoryview(one)
-        for at in range(0, view.nbytes, _WRITE):
-            yield view[at : at + _WRITE]
-
-
-class Reader:
+class Reader(AbstractContextManager["Reader"]):
     """Reads one local file, from several threads.
 
     Raises:
@@ -214,9 +205,6 @@ class Reader:
     def __init__(self, path: AnyPath) -> None:
         self.path = path
         self.bytes = self._opened()
-
-    def __enter__(self) -> "Reader":
-        return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self.descriptor)
@@ -234,6 +222,7 @@ class Reader:
         return os.fstat(self.descriptor).st_size
 
     def _read_some(self, start: int, view: memoryview) -> int:
+        # With the position as an argument: threads that share the descriptor would move each other's.
         return os.preadv(self.descriptor, [view], start)
 
 

@@ -43,9 +43,8 @@ class _Directory:
 
         def begin() -> Any:
             if ranks.rank == 0 or ranks.sharded:
-                saver = Saver(
-                    path_of(self.path), asynchronous=self.asynchronous, ranks=ranks if ranks.sharded else ALONE
-                )
+                together = ranks if ranks.sharded else ALONE
+                saver = Saver(path_of(self.path), asynchronous=self.asynchronous, ranks=together)
                 self.saver = self.stack.enter_context(saver)
             return look(self.saver.store) if ranks.rank == 0 and self.saver is not None else None
 
@@ -156,9 +155,8 @@ def checkpoint(
     """
     best = (keep_best,) if isinstance(keep_best, KeepBest) else tuple(keep_best)
     if not all(isinstance(one, KeepBest) for one in best):
-        raise TypeError(
-            f"keep_best: got {keep_best!r}, expected ft.hooks.keep_best(metric, mode=...), or several of these"
-        )
+        expected = "ft.hooks.keep_best(metric, mode=...), or several of these"
+        raise TypeError(f"keep_best: got {keep_best!r}, expected {expected}")
     if len({one.metric for one in best}) < len(best):
         raise ValueError(f"keep_best: got {best}, expected one for each metric")
     retention = Retention(
@@ -168,9 +166,8 @@ def checkpoint(
     )
     record = Checkpoint(os.fspath(directory), name, retention, asynchronous)
     remembers = {"init": _Nothing()} if best else {}
-    return gates.at_end(
-        gates.every(every, resource(record, name=name, makes="branch", needs=[_MEMORY], **_DECLARED, **remembers))
-    )
+    saving = resource(record, name=name, makes="branch", needs=[_MEMORY], **_DECLARED, **remembers)
+    return gates.at_end(gates.every(every, saving))
 
 
 @attrs.frozen

@@ -122,5 +122,5 @@ def test_on_a_device_there_is_no_second_copy_of_the_weights(tmp_path, monkeypatc
     monkeypatch.setattr(contents, "_stored", lambda *leaf: attrs.evolve(stored(*leaf), device="cuda"))
     state = TrainState(step=1, position=1, seed=0, params={"w": torch.ones(2)}, buffers={"b": torch.ones(1)})
     path = ft.save(state.replace(opt_state={"w": {"exp_avg": torch.ones(2)}}), tmp_path)
-    read = reading.read_state(path, device=torch.device("meta"))
+    read = reading.read_state(path, reading.Wanted(device=torch.device("meta")))
     assert not read.params["w"].is_meta and not read.buffers["b"].is_meta and read.opt_state["w"]["exp_avg"].is_meta

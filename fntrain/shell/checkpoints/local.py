@@ -14,7 +14,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,7 +24,7 @@ from fntrain.core.errors import CheckpointError
 from fntrain.shell.checkpoints.manifest import MANIFEST
 from fntrain.shell.checkpoints.paths import AnyPath
 from fntrain.shell.checkpoints.reading import check
-from fntrain.shell.checkpoints.store import Attempt, as_checkpoint_error, entries, name_of, step_of, turn
+from fntrain.shell.checkpoints.store import Attempt, Store, as_checkpoint_error, entries, name_of, step_of, turn
 from fntrain.shell.checkpoints.tensor_file import created, fsync
 from fntrain.shell.checkpoints.upgrade import SchemaError
 
@@ -34,6 +34,8 @@ _log = logging.getLogger("fntrain")
 
 @attrs.define(eq=False)
 class _Lock:
+    """The lock on a directory, which all users in this process share: flock would refuse a second descriptor."""
+
     descriptor: int
     users: int = 0
     alone: bool = False
@@ -44,7 +46,7 @@ _guard = threading.Lock()
 
 
 @attrs.frozen
-class LocalStore:
+class LocalStore(Store):
     """A directory of checkpoints on a local file system.
 
     Example:
@@ -72,9 +74,8 @@ class LocalStore:
             if lock is None:
                 lock = _held[path] = _Lock(_locked(root))
             elif not _is_there(root, lock):
-                raise CheckpointError(
-                    f"{root}: was removed or replaced while this run was writing its checkpoints there"
-                )
+                why = "was removed or replaced while this run was writing its checkpoints there"
+                raise CheckpointError(f"{root}: {why}")
             elif alone and lock.alone:
                 raise CheckpointError(f"{root}: two hooks of this run save there; give each a directory of its own")
             lock.users += 1
@@ -108,6 +109,8 @@ class LocalStore:
             out.write(manifest)
         fsync(partial)
         old = target.with_name(target.name + ".old")
+        # After a rename a machine that loses power may come back with the old directory, until the parent is on the
+        # disk: https://lwn.net/Articles/457667/
         with turn():
             if target.exists():
                 shutil.rmtree(old, ignore_errors=True)
@@ -116,12 +119,11 @@ class LocalStore:
             fsync(self.root)
             shutil.rmtree(old, ignore_errors=True)
 
-    def claimed(self) -> list[AnyPath]:
-        """All that is named like a checkpoint: the rename brings only whole ones."""
-        return entries(self)
-
     def remove(self, path: AnyPath) -> None:
-        """Rename a checkpoint, then delete it, with what a kill may have left of a former one of its step."""
+        """Delete a checkpoint, and step_X.old if a killed process has left it there.
+
+        Each is renamed first: a process that is killed while it deletes leaves no half checkpoint under that name.
+        """
         for one in (self.root / f"{name_of(step_of(path))}.old", self.root / path.name):
             with as_checkpoint_error(one, "could not be deleted"):
                 if one.exists():
@@ -130,7 +132,7 @@ class LocalStore:
                     shutil.rmtree(doomed, ignore_errors=True)
 
     def set_aside(self, path: AnyPath, why: str) -> None:
-        """Rename a checkpoint, so that it is none any more."""
+        """Rename a checkpoint, so that it is no longer listed as one."""
         with as_checkpoint_error(path, "could not be put aside"):
             aside = (self.root / path.name).rename(self.root / f"{why}_{path.name}-{uuid.uuid4().hex[:8]}")
         _log.warning("put a %s checkpoint aside as %s", why, aside)
@@ -144,6 +146,7 @@ class LocalStore:
                 self._settle(self.root / old.name)
 
     def _settle(self, old: Path) -> None:
+        """A process was killed in `publish`: keep the newer of the two checkpoints, the older if that is damaged."""
         published = old.with_name(old.name.removesuffix(".old"))
         try:
             check(published)
@@ -165,6 +168,7 @@ def _locked(root: Path) -> int:
     except OSError as error:
         raise CheckpointError(f"{root}: can't be written to: {error}; give another directory") from error
     try:
+        # Not lockf: a process loses that lock when it closes any descriptor of the file, even one of a library's.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
@@ -172,18 +176,16 @@ def _locked(root: Path) -> int:
         holder = os.pread(descriptor, 1000, 0).decode(errors="replace")
         os.close(descriptor)
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise CheckpointError(
-                f"{root}: another process writes its checkpoints there ({holder}); end it, or give another directory"
-            ) from error
+            why = f"another process writes its checkpoints there ({holder}); end it, or give another directory"
+            raise CheckpointError(f"{root}: {why}") from error
         raise CheckpointError(f"{root}: can't be locked: {error}; give another directory") from error
     return descriptor
 
 
 def _is_there(root: Path, lock: _Lock) -> bool:
-    try:
+    with suppress(FileNotFoundError):
         return os.path.samestat((root / _LOCK).stat(), os.fstat(lock.descriptor))
-    except FileNotFoundError:
-        return False
+    return False
 
 
 def _forget() -> None:

@@ -9,7 +9,7 @@ anywhere.
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -21,6 +21,7 @@ from fntrain.shell.checkpoints.tensor_file import PART, crc32, nbytes
 from fntrain.shell.checkpoints.upgrade import SCHEMA, upgraded
 
 MODEL, TRAIN, MANIFEST = "model.safetensors", "train.safetensors", "state.json"
+# Read by a pattern: JSON with a flipped bit may be other JSON, so nothing is parsed before its checksum is right.
 _SEALED = re.compile(rb'\{"crc32": (\d{1,10}), "manifest": (.*)\}', re.DOTALL)
 _FILE = re.compile(r"(model|train)[0-9a-z-]{0,40}\.safetensors")
 
@@ -92,7 +93,7 @@ class Manifest:
     """What a checkpoint holds.
 
     Args:
-      structure: the state as JSON, see structure.py.
+      structure: the state as JSON, see contents.py.
       piece: number of bytes under one checksum.
       files: of tensors, by name.
       tensors: by dotted path.
@@ -114,16 +115,15 @@ def file_of(leaf: str) -> str:
     return MODEL if leaf.partition(".")[0] in ("params", "buffers") else TRAIN
 
 
-def dumps(structure: Any, files: Mapping[str, File], parts: Iterable[tuple[Stored, Part]]) -> bytes:
+def dumps(structure: Any, files: Mapping[str, File], tensors: Sequence[Stored]) -> bytes:
     """Return a manifest as bytes, with its checksum.
 
     Args:
       structure: the state as JSON.
       files: all files of tensors.
-      parts: all parts and the tensors that they are of, those of one file in their order there.
+      tensors: with parts that are written; those of one file in their order there. A split one comes once a rank.
     """
-    parts = list(parts)
-    split = {stored.leaf: stored for stored, _ in parts if stored.split}
+    split = {stored.leaf: stored for stored in tensors if stored.split}
     manifest = {
         "format": "fntrain",
         "schema": SCHEMA if split else 2,
@@ -131,10 +131,11 @@ def dumps(structure: Any, files: Mapping[str, File], parts: Iterable[tuple[Store
         "part": PART,
         "state": structure,
         "files": {name: attrs.asdict(file) for name, file in files.items()},
-        "tensors": {part.key: _as_json(stored, part) for stored, part in parts},
+        "tensors": {part.key: _as_json(stored, part) for stored in tensors for part in stored.parts},
     }
     if split:
         manifest["whole"] = {leaf: _as_json(stored) for leaf, stored in split.items()}
+    # nan is no JSON. `encode` has written it as its bits, so one that is here is a fault, and must not reach the disk.
     text = json.dumps(manifest, allow_nan=False).encode()
     return b'{"crc32": %d, "manifest": %s}' % (crc32(text), text)
 
@@ -220,15 +221,8 @@ def _parsed_part(key: str, entry: Mapping[str, Any], start: int) -> Part:
 def _parsed_tensor(leaf: str, entry: Mapping[str, Any], parts: Iterable[Part]) -> Stored:
     if type(entry["name"]) is not str or type(entry.get("device", "")) is not str:
         raise ValueError(f"{leaf!r}: {entry!r}")
-    return Stored(
-        leaf=leaf,
-        name=entry["name"],
-        dtype=entry["dtype"],
-        shape=_numbers(entry["shape"]),
-        parts=tuple(parts),
-        stride=_numbers(entry["stride"]) if "stride" in entry else None,
-        device=entry.get("device"),
-    )
+    shape, stride = _numbers(entry["shape"]), _numbers(entry["stride"]) if "stride" in entry else None
+    return Stored(leaf, entry["name"], entry["dtype"], shape, tuple(parts), stride, entry.get("device"))
 
 
 def _whole_number(value: Any) -> int:

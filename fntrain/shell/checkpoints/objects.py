@@ -14,13 +14,13 @@ import attrs
 
 from fntrain.shell.checkpoints.manifest import MANIFEST
 from fntrain.shell.checkpoints.paths import AnyPath, RemotePath
-from fntrain.shell.checkpoints.store import Attempt, entries, name_of, turn
+from fntrain.shell.checkpoints.store import Attempt, Store, entries, name_of, turn
 
 _log = logging.getLogger("fntrain")
 
 
 @attrs.frozen
-class ObjectStore:
+class ObjectStore(Store):
     """A directory of checkpoints on an object store.
 
     Example:
@@ -32,17 +32,11 @@ class ObjectStore:
     root: RemotePath
 
     @contextmanager
-    def hold(self, *, alone: bool = False) -> Iterator[None]:
-        """Do nothing: there are no locks."""
-        del alone
-        yield
-
-    @contextmanager
     def attempt(self, step: int, *, shared: bool) -> Iterator[Attempt]:
         """Let files be written beside those of a former checkpoint of this step, which are removed at the end.
 
-        Files of one process take turns with those of another thread. Those of several ranks can't, for two ranks
-        could give the turn to different threads and wait for each other for ever: their names are always unique.
+        Threads of one process save one after another. Threads of several ranks can't: one rank could let the save of
+        one thread go first and another rank that of another, and both would wait for ever. So names are unique there.
         """
         target = self.root / name_of(step)
         with nullcontext() if shared else turn():
@@ -53,16 +47,16 @@ class ObjectStore:
                     path.remove()
 
     def publish(self, attempt: Attempt, step: int, manifest: bytes) -> None:
-        """Write the manifest in one request: the former one may be in its place, and must not be replaced by a part."""
+        """Write the manifest in one request: half of it must never replace the one of a former checkpoint."""
         del step
         (self.root / attempt.directory / MANIFEST).write_bytes(manifest)
 
     def claimed(self) -> list[AnyPath]:
-        """What has a manifest: an upload that did not end has none, nor has what was put aside."""
+        """What has a manifest: an upload that did not end has none, nor has a checkpoint that was put aside."""
         return [path for path in entries(self) if (path / MANIFEST).is_file()]
 
     def remove(self, path: AnyPath) -> None:
-        """Delete the manifest, then the rest."""
+        """Delete the manifest first: a process that is killed here leaves files, but no damaged checkpoint."""
         checkpoint = self.root / path.name
         if (checkpoint / MANIFEST).exists():
             (checkpoint / MANIFEST).remove()

@@ -4,11 +4,10 @@ A remote path has the few methods of pathlib that checkpoints need. fsspec, whic
 protocol may need a package of its own (s3fs, gcsfs), which the user installs.
 """
 
-import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import attrs
 
@@ -49,8 +48,7 @@ class RemotePath:
     def __fspath__(self) -> str:
         return self.url
 
-    def __str__(self) -> str:
-        return self.url
+    __str__ = __fspath__
 
     def __repr__(self) -> str:
         return f"RemotePath({self.url!r})"
@@ -82,32 +80,6 @@ class RemotePath:
     def write_bytes(self, data: bytes) -> None:
         """Write a whole file in one request: on an object store it exists complete, or not at all."""
         self.fs.pipe_file(self.url, data)
-
-    def create(self) -> BinaryIO:
-        """Open the file for writing; on an object store it exists once it is closed."""
-        return self.fs.open(self.url, "wb")  # type: ignore[no-any-return]
-
-    def finish(self, file: Any, *, whole: bool) -> None:
-        """Close a file made by `create`; one that was not written whole is discarded, where the store can do that."""
-        from fsspec.spec import AbstractBufferedFile
-
-        if not whole and isinstance(file, AbstractBufferedFile):
-            file.closed = True  # closing it, or collecting it while open, would complete the upload
-            file.discard()
-        else:
-            file.close()
-
-    def size(self) -> int:
-        try:
-            return int(self.fs.size(self.url))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.url) from error
-
-    def read_into(self, start: int, view: memoryview) -> int:
-        """Read from `start` on into the view; returns the number of bytes read."""
-        data = self.fs.cat_file(self.url, start=start, end=start + len(view))
-        view[: len(data)] = data
-        return len(data)
 
     def remove(self) -> None:
         """Remove a file, or a directory and all in it."""

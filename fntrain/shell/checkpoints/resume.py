@@ -19,7 +19,7 @@ from fntrain.core.state import TrainState
 from fntrain.shell.checkpoints.commit import store_at
 from fntrain.shell.checkpoints.manifest import MANIFEST, MODEL, TRAIN
 from fntrain.shell.checkpoints.paths import AnyPath, path_of
-from fntrain.shell.checkpoints.reading import Verify, check_verify, read_state
+from fntrain.shell.checkpoints.reading import Verify, Wanted, copied, read_state
 from fntrain.shell.checkpoints.save_load import newest, without_aliases
 from fntrain.shell.checkpoints.store import as_checkpoint_error, gather_or_raise
 from fntrain.shell.distributed.connected import ranks
@@ -50,17 +50,16 @@ def resume_or(state: TrainState, directory: str | os.PathLike[str], *, verify: V
       >>> resume_or(state, "no/such/directory") is state
       True
     """
-    check_verify(verify)
+    wanted = Wanted(verify=verify)
     if not isinstance(state, TrainState):
         raise TypeError(f"state: got {type(state).__name__}, expected a TrainState (ft.init_state makes one)")
     store = store_at(path_of(directory))
     with as_checkpoint_error(store.root, "can't be looked into", store.errors):
         if store.root.is_file() or (store.root / MANIFEST).exists():
-            raise CheckpointError(
-                f"{store.root}: is no directory of checkpoints; give the one that holds the step_... ones"
-            )
+            why = "is no directory of checkpoints; give the one that holds the step_... ones"
+            raise CheckpointError(f"{store.root}: {why}")
     target = _Target.of(state)
-    found = newest(store, partial(target.read, verify=verify))
+    found = newest(store, partial(target.read, wanted=wanted))
     if found is None:
         _log.info("no checkpoint in %s: starting from the state given", store.root)
         return state
@@ -92,17 +91,17 @@ class _Target:
         tensors = {"params": dict(state.params), "buffers": dict(state.buffers)}
         return cls(state.seed, tensors, home if here else None)
 
-    def read(self, path: AnyPath, *, verify: Verify) -> TrainState:
+    def read(self, path: AnyPath, wanted: Wanted) -> TrainState:
         """Read a checkpoint; of parameters that are split over ranks this rank's rows, on all ranks."""
         params = self.tensors["params"]
         device = next((param.device for param in params.values()), None)
         split = {name: param for name, param in params.items() if tree.local(param) is not param}
         memory = self._memory() if isinstance(path, Path) else {}  # a network should not be asked twice
         accept = partial(self._accept, path) if memory else None
-        read = partial(read_state, path, verify=verify, device=device, split=split, into=memory, accept=accept)
+        wanted = attrs.evolve(wanted, device=device, split=split, into=memory, accept=accept)
         found: list[TrainState] = []
         # Each rank reads other bytes: what one finds damaged, all have to pass over.
-        gather_or_raise(ranks() if split else ALONE, lambda: found.append(read()))
+        gather_or_raise(ranks() if split else ALONE, lambda: found.append(read_state(path, wanted)))
         return found[0]
 
     def _memory(self) -> dict[str, Tensor]:
@@ -137,22 +136,20 @@ class _Target:
 
     def filled(self, found: TrainState) -> TrainState:
         """The loaded state on the module's memory, or on new memory with the devices and layouts of the fresh state."""
-        if self.home is None:
-            pairs = {field: (getattr(found, field), want) for field, want in self.tensors.items()}
-            laid_out = {field: {n: _laid_out(want[n], have[n]) for n in want} for field, (have, want) in pairs.items()}
-            return found.replace(**laid_out)
         self._consume()
-        with torch.no_grad():
-            for field, want in self.tensors.items():
-                for name, tensor in want.items():
-                    have = getattr(found, field)[name]
-                    if have is not tensor:  # it was not read straight into that memory
-                        tree.local(tensor).copy_(tree.local(tree.split_like(tensor, have)))
-        fields: dict[str, Any] = {**self.tensors, "opt_state": dict(found.opt_state)}
+        put = _laid_out if self.home is None else copied
+        fields: dict[str, Any] = {}
+        for field, want in self.tensors.items():
+            have = getattr(found, field)
+            fields[field] = {name: put(tensor, have[name]) for name, tensor in want.items()}
+        if self.home is None:
+            return found.replace(**fields)
+        fields["opt_state"] = dict(found.opt_state)
         return found.replace(**{field: Leased(fields[field], self.home, field, found.step) for field in fields})
 
 
 def _laid_out(want: Tensor, have: Tensor) -> Tensor:
+    """A copy of a tensor that was read, in new memory with the device and layout of the wanted one."""
     part = tree.local(want)
     return tree.relocated(want, torch.empty_like(part).copy_(tree.local(tree.split_like(want, have))))  # type: ignore[no-any-return]
 
@@ -165,7 +162,5 @@ def _differences(field: str, have: Mapping[str, Tensor], want: Mapping[str, Tens
         elif name not in have:
             yield f"{path}: only in the model"
         elif (have[name].shape, have[name].dtype) != (want[name].shape, want[name].dtype):
-            yield (
-                f"{path}: checkpoint has {tuple(have[name].shape)} {have[name].dtype}, "
-                f"model has {tuple(want[name].shape)} {want[name].dtype}"
-            )
+            ours, theirs = (f"{tuple(one[name].shape)} {one[name].dtype}" for one in (want, have))
+            yield f"{path}: checkpoint has {theirs}, model has {ours}"

@@ -1,7 +1,7 @@
 """save, load and latest: what users call; resume.py has resume_or.
 
 saver.py saves in the background. A save goes from here or there to contents.py (what is to be written), commit.py (the
-order of effects), writing.py and tensor_file.py; a load to reading.py, manifest.py and tensor_file.py.
+order of effects) and tensor_file.py; a load to reading.py, manifest.py and tensor_file.py.
 """
 
 import logging
@@ -10,6 +10,7 @@ from bisect import bisect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from fntrain.core.state import TrainState, named_leaves
 from fntrain.shell.checkpoints.commit import commit, store_at
 from fntrain.shell.checkpoints.contents import Contents
 from fntrain.shell.checkpoints.paths import AnyPath, path_of
-from fntrain.shell.checkpoints.reading import Verify, check, check_verify, read_state
+from fntrain.shell.checkpoints.reading import Verify, Wanted, read_state
 from fntrain.shell.checkpoints.store import Store, committed
 from fntrain.shell.checkpoints.upgrade import SchemaError
 
@@ -68,19 +69,16 @@ def load(path: str | os.PathLike[str], *, into: TrainState | None = None, verify
       Traceback (most recent call last):
       fntrain.CheckpointError: no/such/step_00000001/state.json: no such file; not a complete checkpoint
     """
-    check_verify(verify)
+    wanted = Wanted(verify=verify)
     if into is None:
-        return read_state(path_of(path), verify=verify)
+        return read_state(path_of(path), wanted)
     memory = without_aliases({leaf: value for leaf, value in named_leaves(into) if isinstance(value, Tensor)})
-    homes = {}
-    for field in FIELDS:
-        mapping: Any = getattr(into, field)
-        if type(mapping) is Leased:
-            homes[field] = mapping.home
-    names = {field: {f"{field}.{name}" for name in getattr(into, field)} for field in homes if field != "opt_state"}
+    mappings: dict[str, Any] = {field: getattr(into, field) for field in FIELDS}
+    homes = {field: mapping.home for field, mapping in mappings.items() if type(mapping) is Leased}
+    names = {field: {f"{field}.{name}" for name in mappings[field]} for field in homes if field != "opt_state"}
     for field, home in homes.items():
         home.end(f"ft.load({os.fspath(path)!r}, into=...)", field)
-    loaded = read_state(path_of(path), verify=verify, into=memory)
+    loaded = read_state(path_of(path), attrs.evolve(wanted, into=memory))
     leased = {}
     for field, home in homes.items():
         tensors = dict(getattr(loaded, field))
@@ -106,8 +104,8 @@ def latest(directory: str | os.PathLike[str], *, verify: Verify = "structure") -
       >>> latest("no/such/directory") is None
       True
     """
-    check_verify(verify)
-    found = newest(store_at(path_of(directory)), lambda path: check(path, verify=verify))
+    wanted = Wanted(verify=verify, values=False)
+    found = newest(store_at(path_of(directory)), lambda path: read_state(path, wanted))
     return found and found[0]
 
 
@@ -137,10 +135,8 @@ def newest(store: Store, read: Callable[[AnyPath], T]) -> tuple[AnyPath, T] | No
             problems.append(str(error))
             _log.warning("passed over a damaged checkpoint: %s", error)
     if problems:
-        raise CheckpointError(
-            f"{store.root}: all {len(problems)} checkpoints are damaged; move them away to start afresh\n  "
-            + "\n  ".join(problems)
-        )
+        why = f"all {len(problems)} checkpoints are damaged; move them away to start afresh"
+        raise CheckpointError("\n  ".join([f"{store.root}: {why}", *problems]))
     return None
 
 
@@ -154,7 +150,7 @@ def without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
       >>> list(without_aliases({"a": a, "part of a": a[2:], "b": torch.zeros(4)}))
       ['a', 'b']
     """
-    apart: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     taken: dict[torch.device, list[tuple[int, int]]] = {}
     for leaf, tensor in tensors.items():
         part = tree.local(tensor)
@@ -165,10 +161,10 @@ def without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         end = begin + length * part.element_size()
         at = bisect(others, (begin, end))
         if begin == end or ((not at or others[at - 1][1] <= begin) and (at == len(others) or end <= others[at][0])):
-            apart[leaf] = tensor
+            found[leaf] = tensor
             if begin < end:
                 others.insert(at, (begin, end))
-    return apart
+    return found
 
 
 def _length(tensor: Tensor) -> int | None:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -23,6 +23,7 @@ from fntrain.shell.checkpoints.tensor_file import PART
 
 _log = logging.getLogger("fntrain")
 _open: set["Saver"] = set()
+Waits = Sequence[Callable[[], object]]
 
 
 class Saver:
@@ -81,8 +82,10 @@ class Saver:
         else:
             data, copied = self.buffers.copy(contents.tensors, self.thread)
             contents.tensors.clear()  # or a state of the pure step would stay in memory until it is on the disk
-            earlier = [saver.pending for saver in tuple(_open) if saver is not self and saver.pending is not None]
-            self.pending = self.thread.submit(self._commit, contents, data, keep, left, copied, earlier)
+            # This state may remember what other hooks have saved: that must be on the disk first.
+            others = [saver.pending for saver in tuple(_open) if saver is not self and saver.pending is not None]
+            before = [event.synchronize for event in copied] + [save.exception for save in others]
+            self.pending = self.thread.submit(self._commit, contents, data, keep, left, before)
             _log.debug("step %s: copied in %.3f s", state.step, time.perf_counter() - begin)
 
     def check(self) -> None:
@@ -100,19 +103,11 @@ class Saver:
                 raise error
 
     def _commit(
-        self,
-        contents: Contents,
-        data: Iterable[memoryview],
-        keep: Keep | None,
-        left: set[int],
-        copied: Sequence[Any] = (),
-        earlier: Sequence[Future[None]] = (),
+        self, contents: Contents, data: Iterable[memoryview], keep: Keep | None, left: set[int], before: Waits = ()
     ) -> None:
         begin = time.perf_counter()
-        for event in copied:
-            event.synchronize()
-        for save in earlier:
-            save.exception()  # this state may remember what other hooks have saved: that must be on the disk first
+        for wait in before:
+            wait()
         path = commit(self.store, contents, data)
         _log.info("saved %s in %.3f s", path, time.perf_counter() - begin)
 
@@ -153,27 +148,18 @@ class HostBuffers:
                 _copy(left)
                 if helped is not None:
                     helped.result()
-        events = []
-        for device in devices:
-            event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(device))
-            events.append(event)
-        return self.data, events
+        return self.data, [torch.cuda.current_stream(device).record_event() for device in devices]
 
     def _lay_out(self, tensors: list[Tensor]) -> None:
-        starts, end = [], 0
-        for tensor in tensors:
-            starts.append(end)
-            end += -(-tensor.numel() * tensor.element_size() // 64) * 64
+        sizes = [-(-tensor.nbytes // 64) * 64 for tensor in tensors]
+        end = sum(sizes)
         pinned = any(tensor.device.type == "cuda" for tensor in tensors)
         if end > self.memory.numel() or pinned != self.memory.is_pinned():
             self.views, self.data = [], []
             self.memory = torch.empty(0, dtype=torch.uint8)  # free the old memory before the new is allocated
             self.memory = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
-        self.views = [
-            self.memory[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
-            for start, tensor in zip(starts, tensors, strict=True)
-        ]
+        rooms = zip(self.memory[:end].split_with_sizes(sizes), tensors, strict=True)
+        self.views = [room[: tensor.nbytes].view(tensor.dtype).view(tensor.shape) for room, tensor in rooms]
         self.data = [tree.to_bytes(view) for view in self.views]
 
 

@@ -4,7 +4,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 import attrs
@@ -28,7 +28,7 @@ class Attempt:
 
 
 class Store(Protocol):
-    """One directory of checkpoints."""
+    """One directory of checkpoints; what its methods do here holds unless a store says otherwise."""
 
     @property
     def root(self) -> AnyPath:
@@ -39,7 +39,9 @@ class Store(Protocol):
         """What its file system raises."""
 
     def hold(self, *, alone: bool = False) -> AbstractContextManager[None]:
-        """Hold the directory against other writers, where that is possible; with `alone` against other hooks too."""
+        """Hold the directory against other writers, where there are locks; with `alone` against other hooks too."""
+        del alone
+        return nullcontext()
 
     def attempt(self, step: int, *, shared: bool) -> AbstractContextManager[Attempt]:
         """Make room for the files of a checkpoint; at the end remove what is no longer needed.
@@ -54,6 +56,7 @@ class Store(Protocol):
 
     def claimed(self) -> list[AnyPath]:
         """What should be a whole checkpoint, newest first; if it is not, it is damaged."""
+        return entries(self)
 
     def remove(self, path: AnyPath) -> None:
         """Make a checkpoint invisible at once, then delete it."""
@@ -130,7 +133,7 @@ def as_checkpoint_error(path: AnyPath, what: str, kinds: type[Exception] = OSErr
 
 
 def turn() -> AbstractContextManager[Any]:
-    """Wait for other threads that change what is visible: a save by hand may come while a hook's is under way."""
+    """Wait for other threads that change what is visible: `ft.save` may be called while a hook's save is under way."""
     return _turn
 
 

@@ -5,47 +5,33 @@ file, so a disk error would kill the process by a signal instead of raising an e
 the length of a JSON header, the header, the tensors.
 """
 
+import errno
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from contextlib import AbstractContextManager
+from functools import cache, partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from toolz import mapcat
 
 from fntrain.core.errors import CheckpointError
 from fntrain.shell.checkpoints.paths import AnyPath, RemotePath
 
+T = TypeVar("T", bound=Any)
 Buffer = bytes | bytearray | memoryview
 # torch's name -> dtype, and the format's name for it. Other dtypes can't be saved.
-DTYPES = {
-    str(dtype).removeprefix("torch."): (dtype, code)
-    for dtype, code in {
-        torch.float64: "F64",
-        torch.float32: "F32",
-        torch.float16: "F16",
-        torch.bfloat16: "BF16",
-        torch.float8_e4m3fn: "F8_E4M3",
-        torch.float8_e5m2: "F8_E5M2",
-        torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-        torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-        torch.float8_e8m0fnu: "F8_E8M0",
-        torch.float4_e2m1fn_x2: "F4",
-        torch.complex64: "C64",
-        torch.int64: "I64",
-        torch.int32: "I32",
-        torch.int16: "I16",
-        torch.int8: "I8",
-        torch.uint64: "U64",
-        torch.uint32: "U32",
-        torch.uint16: "U16",
-        torch.uint8: "U8",
-        torch.bool: "BOOL",
-    }.items()
-}
+DTYPES: dict[str, tuple[torch.dtype, str]] = {name: (getattr(torch, name), code) for name, code in {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "complex64": "C64", "bool": "BOOL",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0", "float4_e2m1fn_x2": "F4",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
+}.items()}  # fmt: skip
 PART = 1 << 24  # bytes under one checksum: several threads can check one tensor
 _WRITE = 1 << 24  # bytes in one system call
 
@@ -67,7 +53,12 @@ def crc32_parts(data: memoryview) -> list[int]:
       >>> crc32_parts(memoryview(b""))
       [0]
     """
-    return [crc32(data[at : at + PART]) for at in range(0, data.nbytes, PART)] or [0]
+    return [crc32(piece) for piece in _cut(data, PART)] or [0]
+
+
+def _cut(data: Buffer, size: int) -> Iterator[memoryview]:
+    view = memoryview(data)
+    return (view[at : at + size] for at in range(0, view.nbytes, size))
 
 
 @cache
@@ -106,13 +97,10 @@ def nbytes(dtype: str, shape: Sequence[int]) -> int:
       >>> nbytes("bfloat16", [3, 2])
       12
     """
-    count = DTYPES[dtype][0].itemsize
-    for size in shape:
-        count *= size
-    return count
+    return math.prod(shape, start=DTYPES[dtype][0].itemsize)
 
 
-class Writer:
+class Writer(AbstractContextManager["Writer"]):
     """Writes one local file, which is on the disk (fsync) when the context is left."""
 
     def __init__(self, path: AnyPath) -> None:
@@ -120,13 +108,9 @@ class Writer:
         self.written = 0
         self.file = self._created()
 
-    def __enter__(self) -> "Writer":
-        return self
-
     def write(self, *data: Buffer) -> None:
         """Write all of it, in order; nothing is copied."""
-        for group in grouped(_pieces(data), _WRITE):
-            begin = self.written
+        for group in grouped(mapcat(partial(_cut, size=_WRITE), data), _WRITE):
             while group:
                 count = self._write_some(group)
                 self.written += count
@@ -134,9 +118,8 @@ class Writer:
                     count -= group.pop(0).nbytes
                 if group:
                     group[0] = group[0][count:]
-            self._flush_soon(begin)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 os.fsync(self.file.fileno())
@@ -147,12 +130,11 @@ class Writer:
         return Path(self.path).open("wb", buffering=0)
 
     def _write_some(self, group: list[memoryview]) -> int:
-        return os.writev(self.file.fileno(), group)
-
-    def _flush_soon(self, begin: int) -> None:
+        count = os.writev(self.file.fileno(), group)
         if hasattr(os, "posix_fadvise"):  # not on macOS
             # The kernel begins to write to the disk now, while we go on; otherwise it would begin with the fsync.
-            os.posix_fadvise(self.file.fileno(), begin, self.written - begin, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self.file.fileno(), self.written, count, os.POSIX_FADV_DONTNEED)
+        return count
 
 
 class RemoteWriter(Writer):
@@ -160,17 +142,21 @@ class RemoteWriter(Writer):
 
     path: RemotePath
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.path.finish(self.file, whole=kind is None)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        from fsspec.spec import AbstractBufferedFile
+
+        if kind is not None and isinstance(self.file, AbstractBufferedFile):
+            # Closing the file, or collecting it while it is open, would complete the upload of a part.
+            self.file.closed = True
+            self.file.discard()
+        else:
+            self.file.close()
 
     def _created(self) -> Any:
-        return self.path.create()
+        return self.path.fs.open(self.path.url, "wb")
 
     def _write_some(self, group: list[memoryview]) -> int:
         return int(self.file.write(group[0]))
-
-    def _flush_soon(self, begin: int) -> None:
-        """The file system sends blocks by itself."""
 
 
 def created(path: AnyPath) -> Writer:
@@ -186,18 +172,20 @@ def created(path: AnyPath) -> Writer:
     return RemoteWriter(path) if isinstance(path, RemotePath) else Writer(path)
 
 
-def grouped(views: Iterable[memoryview], size: int) -> Iterator[list[memoryview]]:
-    """Gather bytes into groups of at least this size but the last, and of few enough for one system call.
+def grouped(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Gather bytes, or what else has `nbytes`, into groups of at least this size but the last.
+
+    A group is of few enough for one system call.
 
     Example:
       >>> [len(group) for group in grouped([memoryview(b"abc")] * 5, 6)]
       [2, 2, 1]
     """
-    group: list[memoryview] = []
+    group: list[T] = []
     filled = 0
-    for view in views:
-        group.append(view)
-        filled += view.nbytes
+    for item in items:
+        group.append(item)
+        filled += item.nbytes
         if filled >= size or len(group) == 512:
             yield group
             group, filled = [], 0
@@ -205,14 +193,7 @@ def grouped(views: Iterable[memoryview], size: int) -> Iterator[list[memoryview]
         yield group
 
 
-def _pieces(data: Iterable[Buffer]) -> Iterator[memoryview]:
-    for one in data:
-        view = memoryview(one)
-        for at in range(0, view.nbytes, _WRITE):
-            yield view[at : at + _WRITE]
-
-
-class Reader:
+class Reader(AbstractContextManager["Reader"]):
     """Reads one local file, from several threads.
 
     Raises:
@@ -224,9 +205,6 @@ class Reader:
     def __init__(self, path: AnyPath) -> None:
         self.path = path
         self.bytes = self._opened()
-
-    def __enter__(self) -> "Reader":
-        return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self.descriptor)
@@ -244,6 +222,7 @@ class Reader:
         return os.fstat(self.descriptor).st_size
 
     def _read_some(self, start: int, view: memoryview) -> int:
+        # With the position as an argument: threads that share the descriptor would move each other's.
         return os.preadv(self.descriptor, [view], start)
 
 
@@ -257,10 +236,15 @@ class RemoteReader(Reader):
         """Nothing is open between requests."""
 
     def _opened(self) -> int:
-        return self.path.size()
+        try:
+            return int(self.path.fs.size(self.path.url))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.path.url) from error
 
     def _read_some(self, start: int, view: memoryview) -> int:
-        return self.path.read_into(start, view)
+        data = self.path.fs.cat_file(self.path.url, start=start, end=start + len(view))
+        view[: len(data)] = data
+        return len(data)
 
 
 def opened(path: AnyPath) -> Reader:

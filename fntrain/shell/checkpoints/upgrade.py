@@ -6,7 +6,6 @@ written as schema 2, so that older versions can read it.
 """
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 from fntrain.core.errors import CheckpointError
@@ -36,9 +35,9 @@ def upgraded(manifest: Manifest, path: AnyPath) -> Manifest:
             f"{path}: written by a later version of fntrain (schema {schema}; this one reads up to {SCHEMA}); upgrade, "
             "or move it away to go on from an earlier one"
         )
-    for version in range(schema, SCHEMA):
-        manifest = _UPGRADES[version](manifest, path)
-    return manifest
+    if schema == 1:
+        manifest = _from_1(manifest, path)
+    return manifest | {"whole": {}} if schema < SCHEMA else manifest
 
 
 def _from_1(manifest: Manifest, path: AnyPath) -> Manifest:
@@ -60,20 +59,7 @@ def _from_1(manifest: Manifest, path: AnyPath) -> Manifest:
                 offsets[file, name], end = entry["data_offsets"]
                 ends.append(end)
         files[file] = {"header": len(head), "crc32": crc32(head), "bytes": len(head) + max(ends)}
-    tensors = {leaf: entry | {"crc32": [entry["crc32"]]} for leaf, entry in manifest["tensors"].items()}
-    order = sorted(
-        tensors, key=lambda leaf: (tensors[leaf]["file"], offsets[tensors[leaf]["file"], tensors[leaf]["name"]])
-    )
-    return manifest | {
-        "schema": 2,
-        "part": 1 << 62,  # one checksum for a whole tensor
-        "files": files,
-        "tensors": {leaf: tensors[leaf] for leaf in order},
-    }
-
-
-def _from_2(manifest: Manifest, _path: AnyPath) -> Manifest:
-    return manifest | {"schema": 3, "whole": {}}
-
-
-_UPGRADES: dict[int, Callable[[Manifest, AnyPath], Manifest]] = {1: _from_1, 2: _from_2}
+    entries = [(leaf, entry | {"crc32": [entry["crc32"]]}) for leaf, entry in manifest["tensors"].items()]
+    entries.sort(key=lambda item: (item[1]["file"], offsets[item[1]["file"], item[1]["name"]]))
+    # One checksum was for a whole tensor, however long.
+    return manifest | {"schema": 2, "part": 1 << 62, "files": files, "tensors": dict(entries)}

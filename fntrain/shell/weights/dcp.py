@@ -18,8 +18,7 @@ from torch import Tensor
 from fntrain.core import tree
 from fntrain.core.errors import CheckpointError
 from fntrain.core.state import TrainState, named_leaves
-from fntrain.shell.checkpoints.contents import Contents
-from fntrain.shell.checkpoints.structure import state_of
+from fntrain.shell.checkpoints.contents import Contents, state_of
 
 _GROUPS = {"params": "model", "buffers": "model", "opt_state": "optimizer"}
 _STRUCTURE = "fntrain.state"  # a tensor of bytes: JSON of all that is no tensor
@@ -117,7 +116,7 @@ def from_dcp(path: str | os.PathLike[str], prefix: str | None = None) -> TrainSt
     for key, tensor in found.items():
         group, _, name = key.partition(".")
         leaves |= {f"{field}.{name}": tensor for field in fields.get(group, [group])}
-    return state_of(structure, leaves, path=path, file=path / ".metadata")
+    return state_of(structure, leaves, path, ".metadata")
 
 
 def _some(listed: Any) -> str:

@@ -89,7 +89,9 @@ def summaries(path: str | os.PathLike[str]) -> tuple[LeafSummary, ...]:
       ...     summaries(ft.export({"w": torch.tensor([3.0, 4.0])}, directory + "/w.safetensors"))
       (LeafSummary(leaf='w', shape=(2,), dtype='float32', bytes=8, norm=5.0, nonfinite=0, value=None),)
     """
-    return tuple(_summary(name, leaf) for name, leaf in _leaves(source(path)).items())
+    found = source(path)
+    leaves = dict(named_leaves(load(found))) if _is_checkpoint(found) else read_weights(found)
+    return tuple(_summary(name, leaf) for name, leaf in leaves.items())
 
 
 def differences(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> tuple[LeafDifference, ...]:
@@ -151,10 +153,6 @@ def _is_checkpoint(path: AnyPath) -> bool:
     return (path / MANIFEST).exists()
 
 
-def _leaves(path: AnyPath) -> dict[str, Leaf]:
-    return dict(named_leaves(load(path))) if _is_checkpoint(path) else dict(read_weights(path))
-
-
 def _problem(path: AnyPath) -> str | None:
     try:
         check(path)
@@ -166,16 +164,15 @@ def _problem(path: AnyPath) -> str | None:
 def _summary(name: str, leaf: Leaf) -> LeafSummary:
     if not isinstance(leaf, Tensor):
         return LeafSummary(leaf=name, dtype=type(leaf).__name__, value=leaf)
+    summary = LeafSummary(leaf=name, shape=tuple(leaf.shape), dtype=_dtype(leaf), bytes=leaf.nbytes)
     if leaf.dtype == _PACKED:
-        return LeafSummary(leaf=name, shape=tuple(leaf.shape), dtype=_dtype(leaf), bytes=leaf.nbytes)
+        return summary
     norm, nonfinite = 0.0, 0
     for [chunk] in _chunks(leaf):
         finite = chunk.isfinite()
         nonfinite += chunk.numel() - int(finite.sum())
         norm = math.hypot(norm, torch.linalg.vector_norm(chunk.where(finite, 0)).item())
-    return LeafSummary(
-        leaf=name, shape=tuple(leaf.shape), dtype=_dtype(leaf), bytes=leaf.nbytes, norm=norm, nonfinite=nonfinite
-    )
+    return attrs.evolve(summary, norm=norm, nonfinite=nonfinite)
 
 
 def _differences(ours: Mapping[str, Leaf], theirs: Mapping[str, Leaf]) -> tuple[LeafDifference, ...]:
@@ -240,10 +237,8 @@ def _steps(a: Tensor, b: Tensor) -> int:
 
 def _chunks(*tensors: Tensor, kind: torch.dtype | None = None) -> Iterator[list[Tensor]]:
     """Pieces of tensors of one shape in float64, of complex ones both parts; or of their bits, as int64."""
-    flat = []
-    for tensor in tensors:
-        one = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        flat.append(one.contiguous().view(-1))
+    real = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+    flat = [one.contiguous().view(-1) for one in real]
     for start in range(0, flat[0].numel(), _CHUNK):
         pieces = [one[start : start + _CHUNK] for one in flat]
         yield [one.double() if kind is None else one.view(kind).long() for one in pieces]

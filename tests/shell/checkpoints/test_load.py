@@ -3,6 +3,7 @@
 import logging
 import shutil
 
+import attrs
 import pytest
 import torch
 from cases import batches, make, same, square_loss
@@ -271,14 +272,15 @@ def trained(root, steps=2):
 
 def test_resume_reads_straight_into_the_modules_memory(tmp_path, monkeypatch):
     """No memory is taken for a second copy of parameters and buffers, only for what the model does not have."""
-    state, empty, taken = trained(tmp_path), reading._empty, []
+    state, memory, taken = trained(tmp_path), reading.Wanted.memory, []
 
-    def noted(shape, dtype, device):
-        if device == "cpu":
-            taken.append(shape)
-        return empty(shape, dtype, device)
+    def noted(wanted, stored):
+        tensor = memory(wanted, stored)
+        if tensor.device.type == "cpu":
+            taken.append(tuple(tensor.shape))
+        return tensor
 
-    monkeypatch.setattr(reading, "_empty", noted)
+    monkeypatch.setattr(reading.Wanted, "memory", noted)
     shapes = sorted(tuple(param.shape) for param in state.params.values())
     resumed = ft.resume_or(state, tmp_path)
     assert resumed.step == 2
@@ -314,7 +316,9 @@ def test_law_unharmed_can_fail(tmp_path, monkeypatch):
     """Reading over the memory before all has been checked is refused."""
     state = trained(tmp_path)
     shutil.rmtree(tmp_path / "step_00000001")
-    monkeypatch.setattr(resume, "read_state", lambda path, accept, **options: reading.read_state(path, **options))
+    monkeypatch.setattr(
+        resume, "read_state", lambda path, wanted: reading.read_state(path, attrs.evolve(wanted, accept=None))
+    )
     with pytest.raises(AssertionError):
         law_unharmed(tmp_path, state)
 

@@ -220,14 +220,15 @@ def test_records_come_back_from_a_manifest(tmp_path):
         manifest.Part("params.b@1", "model-1.safetensors", (1, 2), 1, 8, (7,)),
     )
     plain, split = attrs.evolve(plain, parts=(part,)), attrs.evolve(split, parts=parts)
-    written = [(plain, part), (split, parts[0]), (split, parts[1])]
+    first, second = (attrs.evolve(split, parts=(one,)) for one in parts)
+    written = [plain, first, second]
     (tmp_path / "state.json").write_bytes(manifest.dumps({"dict": {}}, files, written))
     found = manifest.read_manifest(tmp_path)
     assert found == manifest.Manifest({"dict": {}}, 1 << 24, files, {"params.a": plain, "params.b": split})
     assert (found.tensors["params.a"].split, found.tensors["params.b"].split) == (False, True)
     for wrong in (
         written[:2],
-        [written[0], written[2], (split, attrs.evolve(parts[0], row=1))],
+        [plain, second, attrs.evolve(split, parts=(attrs.evolve(parts[0], row=1),))],
     ):  # rows that are missing
         (tmp_path / "state.json").write_bytes(manifest.dumps({"dict": {}}, files, wrong))
         with pytest.raises(CheckpointError, match=r"state\.json: its list of tensors is damaged.*missing"):

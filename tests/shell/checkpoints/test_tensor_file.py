@@ -129,7 +129,7 @@ def test_a_checkpoint_is_the_same_with_either(tmp_path, monkeypatch, crc32):
 def test_a_tensor_has_a_checksum_for_each_part(tmp_path, monkeypatch, size):
     """Of so many bytes, the last part shorter; a flipped bit in any part is found."""
     monkeypatch.setattr(tensor_file, "PART", 16)
-    for module in ("manifest", "writing"):
+    for module in ("manifest", "commit"):
         monkeypatch.setattr(f"fntrain.shell.checkpoints.{module}.PART", 16)
     value = torch.arange(size, dtype=torch.uint8)
     file = saved(tmp_path, {"w": value})

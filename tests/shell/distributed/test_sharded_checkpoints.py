@@ -611,14 +611,14 @@ def test_every_kind_of_leaf_goes_through_the_format_of_torch(tmp_path):
 @contextlib.contextmanager
 def small_sums(size):
     """One checksum for so many bytes, so that rows of several ranks lie under one."""
-    from fntrain.shell.checkpoints import manifest, reading, tensor_file, writing
+    from fntrain.shell.checkpoints import manifest, reading, tensor_file
 
     before = tensor_file.PART
-    manifest.PART = reading.PART = tensor_file.PART = writing.PART = size
+    manifest.PART = reading.PART = tensor_file.PART = commit.PART = size
     try:
         yield
     finally:
-        manifest.PART = reading.PART = tensor_file.PART = writing.PART = before
+        manifest.PART = reading.PART = tensor_file.PART = commit.PART = before
 
 
 def resumed_in_parts(directory, size=1 << 24):

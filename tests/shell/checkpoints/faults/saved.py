@@ -10,10 +10,10 @@ import torch
 import fntrain as ft
 from fntrain import TrainState
 from fntrain.core.tree import to_bytes
+from fntrain.shell.checkpoints.commit import write_tensors
 from fntrain.shell.checkpoints.contents import Contents
 from fntrain.shell.checkpoints.manifest import Part, dumps
 from fntrain.shell.checkpoints.tensor_file import crc32
-from fntrain.shell.checkpoints.writing import write_tensors
 
 MODEL, TRAIN, MANIFEST = NAMES = ("model.safetensors", "train.safetensors", "state.json")
 
@@ -96,7 +96,7 @@ def save_3(state, directory, size=2):
         own = attrs.evolve(contents, stored=mine, tensors=values)
         one = write_tensors(own, map(to_bytes, values), path, f"-rank{rank}" if rank else "")
         files |= one.files
-        written += one.parts
+        written += one.tensors
     (path / MANIFEST).write_bytes(dumps(contents.structure, files, written))
     return path
 

@@ -99,7 +99,7 @@ def test_all_cuts_and_many_flipped_bits_are_found(path, damage, amount):
 def test_the_law_of_damage_can_fail(path, monkeypatch):
     """A reader that takes every checksum for right is found out."""
     monkeypatch.setattr(
-        "fntrain.shell.checkpoints.reading._Piece.problem", lambda part, _: part.reader.read_into(part.start, part.view)
+        "fntrain.shell.checkpoints.reading._Piece.read", lambda part, _: part.reader.read_into(part.start, part.view)
     )
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
         law_all_refused(path, flipped, 60)

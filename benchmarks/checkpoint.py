@@ -64,6 +64,7 @@ from fntrain.core import tree
 from fntrain.core.state import named_leaves
 from fntrain.shell.checkpoints import tensor_file
 from fntrain.shell.checkpoints.saver import Saver
+from fntrain.shell.disk import fsync
 
 Seconds = dict[str, float]  # what they are of -> seconds
 Rounds = dict[str, list[Seconds]]  # case -> rounds, the first one too
@@ -139,7 +140,7 @@ def directory(name: str) -> str:
 
 def fsync_all(path: Path) -> None:
     for one in [*path.iterdir(), path]:
-        tensor_file.fsync(one)
+        fsync(one)
 
 
 def clock(work: Callable[[], object]) -> float:

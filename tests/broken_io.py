@@ -19,10 +19,10 @@ from fntrain.core.state import TrainState
 from fntrain.data import order as permutation
 from fntrain.data.order import Order
 from fntrain.shell.checkpoints import save_load as checkpoint
-from fntrain.shell.checkpoints import tensor_file
 from fntrain.shell.checkpoints.commit import commit, store_at
 from fntrain.shell.checkpoints.contents import Contents
 from fntrain.shell.checkpoints.store import name_of
+from fntrain.shell.disk import fsync
 
 
 class EpochTailLost(data.Stream):
@@ -118,7 +118,7 @@ def commit_in_place(store: Any, contents: Any, tensors: Any) -> Path:
     try:
         for name in ("state.json", "model.safetensors", "train.safetensors"):
             (target / name).write_bytes((whole / name).read_bytes())
-            tensor_file.fsync(target / name)
+            fsync(target / name)
             time.sleep(0.02)  # a slow disk
     except OSError as error:
         raise ft.CheckpointError(str(error)) from error

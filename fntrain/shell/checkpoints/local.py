@@ -25,8 +25,9 @@ from fntrain.shell.checkpoints.manifest import MANIFEST
 from fntrain.shell.checkpoints.paths import AnyPath
 from fntrain.shell.checkpoints.reading import check
 from fntrain.shell.checkpoints.store import Attempt, Store, as_checkpoint_error, entries, name_of, step_of, turn
-from fntrain.shell.checkpoints.tensor_file import created, fsync
+from fntrain.shell.checkpoints.tensor_file import created
 from fntrain.shell.checkpoints.upgrade import SchemaError
+from fntrain.shell.disk import fsync
 
 _LOCK = ".lock"
 _log = logging.getLogger("fntrain")

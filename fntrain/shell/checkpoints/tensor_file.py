@@ -256,12 +256,3 @@ def opened(path: AnyPath) -> Reader:
       FileNotFoundError: [Errno 2] No such file or directory: 'no/such/file'
     """
     return RemoteReader(path) if isinstance(path, RemotePath) else Reader(path)
-
-
-def fsync(path: Path) -> None:
-    """Wait until a file or directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

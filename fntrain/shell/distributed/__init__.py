@@ -1,4 +1,4 @@
-"""A step that several processes do together, on torch's DistributedDataParallel and fully_shard.
+"""A step that several processes do together, by means of torch's DistributedDataParallel and fully_shard.
 
 Read first: `distribute`.
 """

@@ -1,4 +1,4 @@
-"""The ranks of this process: what `fntrain.core.ranks` asks, answered by torch.distributed."""
+"""The ranks of this process: `fntrain.core.ranks` says what may be asked of them, torch.distributed answers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +16,7 @@ _made: dict[Any, Ranks] = {}
 
 
 class Connected(Ranks):
-    """One of several processes, which talk by a gloo group of their own: no GPU is ever waited for."""
+    """One of several processes. They talk through a gloo group of their own, so that no GPU is ever waited for."""
 
     def __init__(self, group: Any, *, sharded: bool = False) -> None:
         super().__init__(rank=dist.get_rank(group), world_size=dist.get_world_size(group), sharded=sharded)
@@ -25,25 +25,22 @@ class Connected(Ranks):
     group: Any
 
     def __reduce__(self) -> Any:
-        return Ranks, ()  # in a copy of a state, or in another process, it is none of them
+        return Ranks, ()  # a copy of a state, or one in another process, must not talk to these ranks
 
     def gather(self, value: Any, *, only_first: bool = False) -> list[Any]:
-        found: list[Any] = [None] * self.world_size
+        found: list[Any] = [] if only_first and self.rank > 0 else [None] * self.world_size
         with _waiting(self):
-            if not only_first:
-                dist.all_gather_object(found, value, group=self.group)
-            elif self.rank == 0:
-                dist.gather_object(value, found, group=self.group)
+            if only_first:
+                dist.gather_object(value, found or None, group=self.group)
             else:
-                dist.gather_object(value, group=self.group)
-                found = []
+                dist.all_gather_object(found, value, group=self.group)
         return found
 
     def max(self, number: int) -> int:
-        flag = torch.tensor(number, dtype=torch.int64)
+        largest = torch.tensor(number, dtype=torch.int64)
         with _waiting(self):
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
-        return int(flag)
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return int(largest)
 
     def barrier(self) -> None:
         self.max(0)
@@ -52,13 +49,13 @@ class Connected(Ranks):
         return Connected(_group(), sharded=self.sharded)
 
     def close(self) -> None:
-        with suppress(ValueError):  # all groups are gone already
+        with suppress(ValueError):  # raised where all groups are destroyed already
             dist.destroy_process_group(self.group)
 
 
 @contextmanager
 def _waiting(here: Ranks) -> Iterator[None]:
-    """Say what an error of the connection means."""
+    """Add to an error of the connection what it means."""
     try:
         yield
     except RuntimeError as error:
@@ -70,9 +67,9 @@ def _waiting(here: Ranks) -> Iterator[None]:
 
 
 def ranks() -> Ranks:
-    """Return the ranks of the process group of this process; alone, if there is none.
+    """Return the ranks of this process's process group; without one, a single rank.
 
-    The first call makes a channel between them, so all ranks must come to it.
+    The first call makes a channel between the ranks, so all of them must make that call.
 
     Example:
       >>> ranks().rank, ranks().world_size
@@ -82,13 +79,13 @@ def ranks() -> Ranks:
         return ALONE
     world = dist.group.WORLD
     if world not in _made:
-        _made.clear()  # of a process group that is gone
+        _made.clear()  # what is there belongs to a process group that was destroyed
         _made[world] = Connected(_group())
     return _made[world]
 
 
 def alone(step_fn: StepFn) -> Wrapped:
-    """Say that each process of the group is to train by itself, on whole batches; `ft.fit` refuses that otherwise.
+    """Let each process of the group train by itself, on whole batches; `ft.fit` refuses that otherwise.
 
     For processes that share a machine or a launcher and nothing else: a search over settings, say, or a comparison.
 
@@ -110,11 +107,11 @@ def _num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-core_ranks.num_processes = _num_processes  # how `ft.fit` knows of the process group, see there
+core_ranks.num_processes = _num_processes  # so that `ft.fit` knows of the process group; the reason is given there
 
 
 def _group() -> Any:
-    """A gloo group of all ranks; it waits as long as the process group does, torch's default is half an hour."""
+    """A gloo group of all ranks, with the timeout of the process group: torch's default would be half an hour."""
     world: Any = dist.group.WORLD
     options = getattr(world._get_backend(world._device_types[0]), "options", None)
     return dist.new_group(backend="gloo", timeout=getattr(options, "_timeout", None))

@@ -1,8 +1,8 @@
-"""distribute: a step that several processes do together, on torch's DistributedDataParallel.
+"""distribute: a step that several processes do together, on torch's DistributedDataParallel or fully_shard.
 
-Each rank computes sums over its part of the global batch. Their weights travel with the gradients, as those of one
-parameter more; then gradients are divided by the total weight. So k ranks with m ragged micro-batches each give the
-gradient of the whole batch.
+Each rank computes sums over its part of the global batch. The weights of these sums are added up over ranks together
+with the gradients, as the gradient of one more parameter; then gradients are divided by the total weight. So k ranks
+with m micro-batches of any sizes give the gradient of the whole batch.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import nn
 
 from fntrain.core.check import one_of
 from fntrain.shell.distributed.connected import ranks
-from fntrain.shell.distributed.replicas import HALF, Compress, Replicas
+from fntrain.shell.distributed.replicas import Compress, Replicas
 from fntrain.shell.steps.device import CudaEngine
 from fntrain.shell.steps.graphs import Graphs
 from fntrain.shell.steps.in_place import Donated, Execution, check_step, in_place, run
@@ -73,7 +73,7 @@ def distribute(
     Source: Li et al. 2020, https://arxiv.org/abs/2006.15704; Zhao et al. 2023, https://arxiv.org/abs/2304.11277
     """
     ddp: dict[str, Any] = {"static_graph": static_graph, "find_unused_parameters": find_unused_parameters}
-    ddp |= {"bucket_cap_mb": bucket_cap_mb}
+    ddp["bucket_cap_mb"] = bucket_cap_mb
     fsdp = {"wrap": wrap, "mixed_precision": mixed_precision, "reshard_after_forward": reshard_after_forward}
     _check_options(strategy, {**ddp, "compress": compress}, fsdp)
     check_step(step_fn)
@@ -86,12 +86,11 @@ def distribute(
         step_fn = _with_sync_batchnorm(step_fn)
     check_free(step_fn.body)
     if strategy == "fsdp":
-        from fntrain.shell.distributed.shards import ShardedMemory, Shards  # it imports much
+        from fntrain.shell.distributed.shards import ShardedMemory, Shards  # imports much of torch
 
-        dtype = HALF[mixed_precision] if mixed_precision else None
-        shards = Shards(here, step_fn.body, wrap, dtype, reshard_after_forward)
-        # The module's parameters are DTensors now; the step's own are the memory that these are made around. The
-        # optimizer stays the one whose groups were chosen by whole tensors.
+        shards = Shards(here, step_fn.body, fsdp)
+        # The module's parameters are DTensors from here on; the step works on the local tensors inside them. The
+        # optimizer is kept: it chose its groups by the shapes of the whole tensors.
         slots = attrs.evolve(step_fn.body.slots, params=shards.parts)
         body = attrs.evolve(step_fn.body, slots=slots, exchange=shards, registered=shards.params)
         return _on_device(ShardedMemory(body, shards), step_fn)
@@ -100,7 +99,7 @@ def distribute(
 
 
 def _on_device(memory: Memory, step_fn: SupervisedStep) -> Donated:
-    """The step that runs eagerly on this memory; to a GPU its batches are copied first."""
+    """The step that runs eagerly on this memory; where that is on a GPU, batches are copied there first."""
     device = memory.body.device
     execution: Execution = Graphs(CudaEngine(device), "never") if device.type == "cuda" else run
     return Donated(memory, execution, step_fn)

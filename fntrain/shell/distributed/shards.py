@@ -1,7 +1,8 @@
-"""Shards: the exchange of ranks that each hold a part of the state, on torch's fully_shard.
+"""Shards: what ranks exchange that each hold a part of the state, by means of torch's fully_shard.
 
-torch keeps each parameter as a DTensor, split by rows. The step works on the parts alone, as on any module's memory;
-the state that it hands out has DTensors around the same memory, so that whoever keeps or saves it knows what it is of.
+torch keeps each parameter as a DTensor, split by rows. The step works on this rank's rows, its parts, as on any
+module's memory. The states that it returns have DTensors around the same memory, from which the shape of the whole and
+the rows of this rank can be read, by a checkpoint for instance.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,74 +22,61 @@ from fntrain.core.lease import Home
 from fntrain.core.state import TrainState
 from fntrain.core.tree import PyTree, local, relocated, split_like
 from fntrain.shell.distributed.connected import Connected
-from fntrain.shell.distributed.replicas import Exchanging, ModelAndLoss
+from fntrain.shell.distributed.replicas import HALF, Exchanging, ModelAndLoss
 from fntrain.shell.steps.memory import Memory
 from fntrain.steps.batch import Batch, map_batch
 from fntrain.steps.body import Body
 from fntrain.steps.exchange import Totals
 from fntrain.steps.loss import Objective
 
-Wrap = Callable[[str, nn.Module], bool]
-# Their updates look at each element alone, so a part is updated as in the whole.
-ELEMENTWISE = frozenset(
-    ["SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD"]
-)
+# Optimizers that update each element without looking at others: a part gets the same update as in the whole tensor.
+ELEMENTWISE = {"SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD"}
 
 
 class Shards(Exchanging):
     """The exchange of ranks that each hold a part; see `fntrain.steps.exchange.Exchange`."""
 
-    def __init__(
-        self,
-        here: Connected,
-        body: Body,
-        wrap: Wrap | None,
-        mixed_precision: torch.dtype | None,
-        reshard_after_forward: bool,
-    ) -> None:
-        step, params, device = body.settings, body.slots.params, body.device
+    def __init__(self, here: Connected, body: Body, options: dict[str, Any]) -> None:
+        step, params, wrap = body.settings, body.slots.params, options["wrap"]
         blocks = [] if wrap is None else [name for name, module in step.model.named_modules() if wrap(name, module)]
         check(body, blocks)
         super().__init__(Connected(here.group, sharded=True))
         self.both = ModelAndLoss(step.model, step.loss_fn)
         for tensor in (*params.values(), *body.slots.buffers.values()):
-            self.broadcast([tensor])  # one by one: together they are the whole model once more
+            self.broadcast([tensor])  # one by one: all in one message would need the memory of the model once more
         for name in body.bound.frozen:
             params[name].requires_grad_(False)
-        mesh = init_device_mesh(device.type, (here.world_size,))
-        policy, outer = MixedPrecisionPolicy(), MixedPrecisionPolicy()
-        if mixed_precision is not None:
-            policy = MixedPrecisionPolicy(mixed_precision, torch.float32)
-            # What the model is given is cast, not what the loss is: targets and sums keep their precision.
-            outer = MixedPrecisionPolicy(mixed_precision, torch.float32, cast_forward_inputs=False)
-            step.model.register_forward_pre_hook(partial(_cast_inputs, mixed_precision), with_kwargs=True)
+        dtype = HALF.get(options["mixed_precision"])
+        policy = partial(MixedPrecisionPolicy, dtype, None if dtype is None else torch.float32)
+        if dtype is not None:
+            step.model.register_forward_pre_hook(partial(_cast_inputs, dtype), with_kwargs=True)
             step.model.register_forward_hook(_cast_outputs)
-        options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard_after_forward}
-        for name in reversed(blocks):  # inner ones first
-            fully_shard(step.model.get_submodule(name), mp_policy=policy, **options)
-        fully_shard(self.both, mp_policy=outer, **options)
+        mesh = init_device_mesh(body.device.type, (here.world_size,))
+        shard = partial(fully_shard, mesh=mesh, reshard_after_forward=options["reshard_after_forward"])
+        for name in reversed(blocks):  # torch wants inner ones first
+            shard(step.model.get_submodule(name), mp_policy=policy())
+        # The hooks above cast what the model is given; what the loss is given, targets too, keeps its precision.
+        shard(self.both, mp_policy=policy(cast_forward_inputs=False))
         self.wrapped = [module for module in self.both.modules() if isinstance(module, FSDPModule)]
         for module in self.wrapped:
-            module.set_force_sum_reduction_for_comms(True)  # added up; the step divides its part by the weight
+            module.set_force_sum_reduction_for_comms(True)  # sums, no means: the step divides them by the weights
             module.set_gradient_divide_factor(1.0)
         self.params: dict[str, Any] = dict(zip(params, step.model.parameters(), strict=True))
-        self.parts = {
-            name: nn.Parameter(param._local_tensor, requires_grad=param.requires_grad)
-            for name, param in self.params.items()
-        }
-        self.begun = False
+        parts = {name: param._local_tensor for name, param in self.params.items()}
+        self.parts = {name: nn.Parameter(part, self.params[name].requires_grad) for name, part in parts.items()}
+        self.begun = False  # whether a step has begun and not come to its last micro-batch
 
     def forward(self, model: nn.Module, batch: Batch, last: bool) -> Any:
-        """Run model and loss; in all but the last micro-batch gradients stay here, unsharded."""
+        """Run model and loss; before the last micro-batch gradients stay whole on this rank, and are not added up."""
         del model
         if not self.begun:
             self.clear()
         self.begun = not last
-        self.wrapped[0].set_requires_gradient_sync(last)  # of all, recursively
+        self.wrapped[0].set_requires_gradient_sync(last)  # for all modules inside too
         return self.both.restored(self.both(batch))
 
     def totals(self, parts: Sequence[Objective], device: torch.device) -> Callable[[], Totals]:
-        """Add up by a message of their own, then hand the parts' gradients to the parts."""
+        """Add up by a message of their own; then give each part its rows of the gradient."""
         sums = super().totals(parts, device)
 
         def finish() -> Totals:
@@ -106,13 +94,13 @@ class Shards(Exchanging):
         return square.sqrt()
 
     def padded(self, micro_batches: Iterable[Batch]) -> Iterable[tuple[Batch, bool]]:
-        """Run some more where another rank has more: each of its forwards gathers parts of all."""
+        """Repeat the first, uncounted, until all ranks have as many: each forward gathers parts of all ranks."""
         mine = list(micro_batches)
         num_extra_forwards = self.ranks.max(len(mine)) - len(mine)
         return [(mine[0], False)] * num_extra_forwards + [(one, True) for one in mine]
 
     def clear(self) -> None:
-        """Drop gradients that were left."""
+        """Drop the gradients of a step that failed."""
         self.begun = False
         for param in self.params.values():
             param.grad = None
@@ -120,13 +108,15 @@ class Shards(Exchanging):
     def reset(self) -> None:
         """Forget a step that failed: gathered parameters, gradients of some micro-batches, what torch was about to do.
 
-        Without a word to the other ranks, which may not have failed.
+        Nothing is sent to the other ranks, because they may not have failed. What torch keeps is put back to what it
+        is between steps; otherwise the next step would fail in torch's own checks, or wait for this one's gradients.
+        https://github.com/pytorch/pytorch/blob/main/torch/distributed/fsdp/_fully_shard/_fsdp_state.py
         """
         self.clear()
         root: Any = self.both
         state = root._get_fsdp_state()
         if not state._is_root:
-            return  # it failed before torch had begun
+            return  # the step failed before torch's part in it began
         states = state._state_ctx.all_states
         groups = [group for one in states for group in _groups(one)]
         if hasattr(root, "reset_iter_state"):  # torch >= 2.13
@@ -148,9 +138,10 @@ class Shards(Exchanging):
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Let the model be called by itself: what no block of its own gathers is gathered here."""
-        self.both._get_fsdp_state()._lazy_init()  # type: ignore[operator]  # or the first block called would take itself for the root
-        self.both.unshard()  # type: ignore[operator]
+        """Let the model be called without the loss: the parameters that are in no block are gathered here."""
+        root: Any = self.both
+        root._get_fsdp_state()._lazy_init()  # or torch would take the first block that is called for the root
+        root.unshard()
         try:
             yield
         except BaseException:
@@ -162,14 +153,13 @@ class Shards(Exchanging):
 
 
 def _groups(state: Any) -> list[Any]:
-    """Parameters that torch gathers together; one group of a module before torch 2.12."""
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+    """The groups of parameters that torch gathers together; a module has at most one before torch 2.12."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return [one for one in (state._fsdp_param_group,) if one is not None] if groups is None else list(groups)
 
 
 def _cast_inputs(dtype: torch.dtype, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    return map_batch(partial(_cast, dtype), args), map_batch(partial(_cast, dtype), kwargs)
+    return map_batch(partial(_cast, dtype), (args, kwargs))  # type: ignore[no-any-return]
 
 
 def _cast_outputs(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -181,9 +171,9 @@ def _cast(dtype: torch.dtype, tensor: Tensor) -> Tensor:
 
 
 def check(body: Body, blocks: Sequence[str]) -> None:
-    """Refuse what would look at a part as if it were the whole, and what torch can't split, before anything changes."""
+    """Before anything changes, refuse what would take a part for the whole tensor, and what torch can't split."""
     step = body.settings
-    for name, param in step.model.named_parameters():  # now: the step may be from before they were split
+    for name, param in step.model.named_parameters():  # not those of the slots, which may be from before a split
         if local(param) is not param:
             raise ValueError(f"model: {name!r} is split over ranks already; build the model anew for another step")
     for name, param in body.slots.params.items():
@@ -211,19 +201,18 @@ def check(body: Body, blocks: Sequence[str]) -> None:
 
 
 class ShardedMemory(Memory):
-    """The memory of a rank that holds parts; its states have DTensors around them."""
+    """The memory of a rank that holds parts; the states that share it have DTensors around the parts."""
 
     def __init__(self, body: Body, shards: Shards) -> None:
         self.shards = shards
         super().__init__(body)
-        sharded = Home.of(dict(body.settings.model.named_parameters()))  # what the module itself shows
-        sharded.binder = self.bound
-        self.sharded = sharded  # kept alive as long as this memory
-        self.home.join(sharded)
-        self._around: dict[str, tuple[Any, int, dict[str, Any]]] = {}  # field -> of which tensors, after how many moves
+        self.sharded = Home.of(dict(body.settings.model.named_parameters()))  # of the DTensors, kept alive from here
+        self.sharded.binder = self.bound
+        self.home.join(self.sharded)
+        self._around: dict[str, tuple[Any, int, dict[str, Any]]] = {}  # field -> for which tensors, at which `moves`
 
     def shown(self, field: str) -> dict[str, Any]:
-        """Return the mapping that states hold for a field: DTensors around the parts; made once, each takes 3 us."""
+        """Return the mapping that states hold for a field: DTensors around the parts, kept because each takes 3 us."""
         own = super().shown(field)
         if field == "buffers":
             return own
@@ -234,26 +223,24 @@ class ShardedMemory(Memory):
         return known
 
     def own_part(self, name: str, value: PyTree) -> PyTree:
-        """Return the part of this rank, of a parameter or of what the optimizer keeps of it."""
+        """Return this rank's part of a parameter, or of what the optimizer keeps of it."""
         if name not in self.shards.params:
-            return value  # a buffer
+            return value  # a buffer, whole on every rank
         whole = self.shards.params[name]
         return tree.map_tensors(lambda tensor: local(split_like(whole, tensor)), value)
 
     def around(self, name: str, value: PyTree) -> PyTree:
-        """DTensors around parts."""
-        whole = self.shards.params[name]
-        shape = self.shards.parts[name].shape
+        """The same with DTensors around the parts; what has another shape, a count say, is whole and stays as it is."""
+        whole, shape = self.shards.params[name], self.shards.parts[name].shape
         return tree.map_tensors(lambda t: relocated(whole, t) if whole.ndim and t.shape == shape else t, value)
 
     @contextmanager
     def bound(self, state: TrainState) -> Iterator[None]:
-        """The module with a state's values in its memory, callable by itself, for `ft.bound`."""
+        """For `ft.bound`: put a state's values into the module's memory, so that the module can be called; undo it."""
         slots = self.body.slots
-        own: dict[str, Any] = {**self.params, **{f"buffers.{name}": one for name, one in slots.buffers.items()}}
-        kept = tree.clone(
-            {**own, **{f"scratch.{n}": o[k] for n, (_, o, k) in enumerate(slots.places) if o[k] is not None}}
-        )
+        places = [(owner, key, owner[key]) for _, owner, key in slots.places]
+        own = [*self.params.values(), *(buffer for _, _, buffer in places if buffer is not None)]
+        values = tree.clone_tensors(own)
         with torch.no_grad():
             for name, tensor in self.params.items():
                 if not self.home.leased(state.params, "params"):
@@ -264,10 +251,8 @@ class ShardedMemory(Memory):
             with self.shards.whole():
                 yield
         finally:
+            for owner, key, buffer in places:
+                owner[key] = buffer  # a forward may have assigned another tensor
             with torch.no_grad():
-                for name, tensor in own.items():
-                    tensor.copy_(kept[name])
-                for number, (_, owner, key) in enumerate(slots.places):
-                    buffer = owner[key]
-                    if buffer is not None:
-                        buffer.copy_(kept[f"scratch.{number}"])
+                for tensor, value in zip(own, values, strict=True):
+                    tensor.copy_(value)

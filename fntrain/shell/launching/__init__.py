@@ -1,4 +1,4 @@
-"""Starting the processes of a job, on one machine or several, and ending all when one fails. Loaded on first use.
+"""Starts the processes of a job, on one machine or several, and ends all when one fails. Loaded on first use.
 
 `signals` is the exception: `fntrain.hooks` imports it, so it imports nothing else of this package.
 Read first: `launch`, then `local`.

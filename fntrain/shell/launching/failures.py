@@ -1,4 +1,4 @@
-"""What a rank says when it fails, and which of the failures came first: the other ranks fail because of it."""
+"""What a rank reports when it fails, and which of the failures came first: the other ranks fail because of it."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def reported(rank: int, report: Callable[[Failure], None]) -> Iterator[None]:
     """In a rank: hand an error to `report` and end the process at once.
 
     Nothing is cleaned up, because what Python does at the end of a process may wait for ranks that wait for this one.
-    SystemExit with a number is no error, and KeyboardInterrupt ends the process by SIGINT, as it does without us.
+    SystemExit with a number is no error. KeyboardInterrupt ends the process by SIGINT, as it does in any script.
     """
     try:
         yield
@@ -67,7 +67,7 @@ def ended_well(code: int | None) -> bool:
 
 
 def how_it_ended(code: int | None, begun: bool) -> str:
-    """Return in words how a rank ended that did not say why.
+    """Return in words how a rank ended that reported nothing.
 
     Example:
       >>> how_it_ended(-9, begun=True)
@@ -97,6 +97,14 @@ def first_failure(failures: Iterable[Failure]) -> tuple[Failure, list[Failure]]:
     return first, [failure for failure in others if failure.text is not None]
 
 
-def then_said(others: Iterable[Failure]) -> str:
-    """Return a line of a message for each rank that failed after the first."""
-    return "".join(f"\nrank {failure.rank} then said: {failure.line}" for failure in others)
+def described(first: Failure, others: Iterable[Failure], *, of: str = "", restarts: str = "") -> str:
+    """Return a message: the first failure, then a line for each rank that failed after it.
+
+    Example:
+      >>> described(Failure(1, 2.0, "was killed by SIGKILL", None), [], of=" of 2")
+      'rank 1 of 2 was killed by SIGKILL'
+    """
+    what = f"{first.line}{restarts}" if first.text is None else f"failed{restarts}:\n{first.text.rstrip()}"
+    return "\n".join(
+        [f"rank {first.rank}{of} {what}", *(f"rank {other.rank} then said: {other.line}" for other in others)]
+    )

@@ -1,6 +1,7 @@
 """Imported by the process that ranks are forked from, and by no other: a signal to all processes must not end it.
 
-If it ended before the ranks, the launcher would lose sight of those that are still saving, and end them.
+If that process ended before the ranks, the launcher could no longer see which ranks are still saving, and would end
+them.
 """
 
 import os
@@ -12,12 +13,12 @@ _HERE = os.getpid()
 
 
 def _restore_defaults() -> None:
-    if os.getppid() == _HERE:
+    if os.getppid() == _HERE:  # a rank; what a rank forks keeps the rank's own handlers
         for number in _IGNORED:
             signal.signal(number, signal.SIG_DFL)
 
 
-if "multiprocessing.forkserver" in sys.orig_argv[-1]:  # a test that imports all modules is another process
+if "multiprocessing.forkserver" in sys.orig_argv[-1]:  # not in a test that imports all modules
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     os.register_at_fork(after_in_child=_restore_defaults)

@@ -4,7 +4,7 @@ import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -14,33 +14,25 @@ import attrs
 import torch.distributed as dist
 
 from fntrain.core.errors import LaunchError
-from fntrain.shell.launching.failures import Failure, ended_well, first_failure, how_it_ended, reported, then_said
+from fntrain.shell.launching.failures import Failure, described, ended_well, first_failure, how_it_ended, reported
 from fntrain.shell.launching.network import ProcessRank, process_group
 from fntrain.shell.launching.signals import follow_launcher, handled_by
 
 _log = logging.getLogger("fntrain")
-# torch._dynamo is what DistributedDataParallel and optimizers import when they are first used, 800 modules.
-PRELOAD = [
-    "fntrain.shell.launching.forkserver",
-    "torch._dynamo",
-    "torch.nn.parallel",
-    "fntrain",
-    "fntrain.shell.launching.launch",
-]
-GRACE_S = 2.0  # what the other ranks have to end by themselves when one has failed
+# DistributedDataParallel and optimizers import torch._dynamo, 800 modules, when they are first used.
+PRELOAD = ["fntrain.shell.launching.forkserver", "torch._dynamo", "torch.nn.parallel", "fntrain.shell.launching.launch"]
+GRACE_S = 2.0  # how long the other ranks may take to end by themselves when one has failed
 KILLED_S = 10.0  # within which a process must be gone after SIGKILL
 
 
 def launch_here(fn: Callable[[], object], num_processes: int, max_restarts: int, timeout: timedelta) -> None:
     """Run a function in processes of this machine; see `launch`."""
-    for restarts in range(max_restarts + 1):
+    for restarts in range(max_restarts):
         try:
             return LocalJob(fn, num_processes, timeout).run()
         except LaunchError as error:
-            if restarts == max_restarts:
-                raise
             _log.warning("%s\nthe job is started again, for the %d. time of %d", error, restarts + 1, max_restarts)
-    return None
+    return LocalJob(fn, num_processes, timeout).run()
 
 
 def forkserver_context() -> Any:
@@ -51,20 +43,20 @@ def forkserver_context() -> Any:
 
 
 class LocalJob:
-    """One attempt of a job: its processes, what they have said, and the signals that the launcher got."""
+    """One attempt of a job: its processes, what they have reported, and the signals that the launcher got."""
 
     def __init__(self, fn: Callable[[], object], num_processes: int, timeout: timedelta) -> None:
         self.fn = fn
         self.num_processes = num_processes
         self.timeout = timeout
         self.context = forkserver_context()
-        self.signal_number = self.context.Value("i", 0, lock=False)  # of the latest that came; ranks read it
+        self.signal_number = self.context.Value("i", 0, lock=False)  # of the latest signal; ranks read it
         self.num_signals = 0
         self.processes: list[Any] = []
         self.pipes: dict[int, Connection] = {}
-        self.begun: set[int] = set()
+        self.begun: set[int] = set()  # ranks whose process has come as far as our code
         self.failures: list[Failure] = []
-        self.terminated: set[int] = set()  # ranks that were ended from here, because another had failed
+        self.terminated: set[int] = set()  # ranks that the launcher ended, because another had failed
 
     def run(self) -> None:
         store: Any = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
@@ -83,9 +75,9 @@ class LocalJob:
 
     def start(self, rank: int, port: int) -> None:
         receiver, sender = self.context.Pipe(duplex=False)
-        launcher = _Launcher(port, sender, self.signal_number, self.timeout, dict(os.environ))
         me = ProcessRank(rank, self.num_processes, rank, self.num_processes)
-        arguments = (self.fn, me, launcher)
+        environment = os.environ | {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(self.num_processes)}
+        arguments = (self.fn, me, _Launcher(port, sender, self.signal_number, self.timeout, environment))
         process = self.context.Process(target=_run_rank, args=arguments, name=f"rank {rank}", daemon=False)
         process.start()
         sender.close()
@@ -96,16 +88,20 @@ class LocalJob:
     def running(self) -> list[Any]:
         return [process for process in self.processes if process.exitcode is None]
 
+    @property
+    def codes(self) -> list[int | None]:
+        return [process.exitcode for process in self.processes]
+
     def watch(self) -> None:
         """Wait until all have ended, one has failed, or a second signal came."""
         while self.running and self.num_signals < 2:
             self.receive(0.2)
-            if any(not ended_well(process.exitcode) for process in self.processes if process.exitcode is not None):
+            if not all(ended_well(code) for code in self.codes if code is not None):
                 return
 
     def receive(self, seconds: float) -> None:
         """Wait until a rank sends something or ends, and read it: a rank waits while its pipe is full."""
-        # For an empty list `wait` would wait all the same; it is empty if the last rank has ended just now.
+        # Given an empty list, which it is if the last rank has ended just now, `wait` would wait the whole time.
         if sources := [*(process.sentinel for process in self.running), *self.pipes.values()]:
             wait(sources, timeout=seconds)
         for rank, pipe in list(self.pipes.items()):
@@ -118,10 +114,9 @@ class LocalJob:
                 self.pipes.pop(rank).close()
 
     def end(self) -> None:
-        """End the ranks that still run: by SIGTERM, then by SIGKILL."""
-        failed = any(process.exitcode not in (None, 0) for process in self.processes)
-        self.join(GRACE_S / 4 if failed and self.num_signals < 2 else 0.0)  # they fail by themselves
+        """End the ranks that still run: by SIGTERM, then by SIGKILL; at once by SIGKILL after a second signal."""
         if self.num_signals < 2:
+            self.join(GRACE_S / 4 if any(self.codes) else 0.0)  # when one has failed, others fail by themselves
             self.stop("terminate", GRACE_S)
         self.stop("kill", KILLED_S)
         for process in self.running:
@@ -143,44 +138,34 @@ class LocalJob:
 
     def raise_outcome(self) -> None:
         """Raise LaunchError if a rank failed, SystemExit if a signal ended the job; return if all is done."""
-        codes = [process.exitcode for process in self.processes]
-        failed = [rank for rank, code in enumerate(codes) if not ended_well(code)]
-        self.raise_signal(failed)
-        if failures := [*sorted(self.failures, key=lambda failure: failure.when), *self.silent(failed)]:
+        codes, number = self.codes, self.signal_number.value
+        failed = {rank: code for rank, code in enumerate(codes) if not ended_well(code)}
+        known = self.terminated.union(failure.rank for failure in self.failures)
+        silent = {rank: code for rank, code in failed.items() if rank not in known}  # ended by themselves, unreported
+        if self.num_signals > 1 or (self.num_signals and (not failed or -number in silent.values())):
+            raise SystemExit(128 + number)
+        failures = sorted(self.failures, key=lambda failure: failure.when)
+        failures += [Failure(rank, 0.0, how_it_ended(code, rank in self.begun), None) for rank, code in silent.items()]
+        if failures:
             raise LaunchError(self.describe(failures, failed))
         if statuses := [code for code in codes if code]:
             raise SystemExit(statuses[0])
 
-    def silent(self, failed: list[int]) -> list[Failure]:
-        """Return the failures of ranks that ended by themselves and did not say why."""
-        known = self.terminated.union(failure.rank for failure in self.failures)
-        codes = {rank: self.processes[rank].exitcode for rank in failed if rank not in known}
-        return [Failure(rank, 0.0, how_it_ended(code, rank in self.begun), None) for rank, code in codes.items()]
-
-    def raise_signal(self, failed: list[int]) -> None:
-        """Raise SystemExit if a signal ended the job, and no error that came with it."""
-        number = self.signal_number.value
-        ended_by_it = any(self.processes[failure.rank].exitcode == -number for failure in self.silent(failed))
-        if self.num_signals > 1 or (self.num_signals and (not failed or ended_by_it)):
-            raise SystemExit(128 + number)
-
-    def describe(self, failures: list[Failure], failed: list[int]) -> str:
+    def describe(self, failures: list[Failure], failed: Iterable[int]) -> str:
         first, others = first_failure(failures)
-        name = f"rank {first.rank} of {self.num_processes}"
+        of = f" of {self.num_processes}"
         if first.text is None:
-            return f"{name} {first.line}{then_said(others)}"
+            return described(first, others, of=of)
         rest = [rank for rank in failed if rank != first.rank]
-        return f"{name} failed:\n{first.text.rstrip()}" + (
-            f"\nranks {rest} were ended, or failed after it" if rest else ""
-        )
+        return described(first, [], of=of) + (f"\nranks {rest} were ended, or failed after it" if rest else "")
 
 
 @attrs.frozen
 class _Launcher:
-    """What a rank needs to know of the process that launched it."""
+    """What a rank gets from the process that launched it."""
 
     port: int  # of the store by which the ranks find each other
-    pipe: Connection  # to the launcher: None when the rank has begun, a Failure if it fails
+    pipe: Connection  # to the launcher: the rank sends None when it has begun, a Failure if it fails
     signal_number: Any
     timeout: timedelta
     environment: Mapping[str, str]
@@ -190,9 +175,8 @@ def _run_rank(fn: Callable[[], object], me: ProcessRank, launcher: _Launcher) ->
     """Run the function; the main function of a rank's process."""
     launcher.pipe.send(None)
     follow_launcher(launcher.signal_number)
-    local = {"LOCAL_RANK": str(me.local_rank), "LOCAL_WORLD_SIZE": str(me.local_world_size)}
     os.environ.clear()  # the process that ranks are forked from has the environment of the first job
-    os.environ.update(launcher.environment, **local)
+    os.environ.update(launcher.environment)
 
     def report(failure: Failure) -> None:
         with suppress(OSError):

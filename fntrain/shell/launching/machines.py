@@ -1,7 +1,8 @@
-"""The processes of one machine of several, by torch's elastic agent, and which rank of all machines failed first.
+"""The ranks of a job on several machines, started by torch's elastic agent, and which rank of all failed first.
 
-The agent starts the ranks of its machine, and all of them again when one has failed. Of a failure it knows little: the
-second in which it came, and no other machine's. So each rank appends its failure to one list, which machine 0 keeps.
+Each machine has an agent. It starts the ranks of its machine, and starts all of them again when one has failed. Of a
+failure it knows the time to the second only, and nothing of other machines. So each rank appends its failure to one
+list, which machine 0 keeps.
 """
 
 import json
@@ -19,7 +20,7 @@ import attrs
 import torch.distributed as dist
 
 from fntrain.core.errors import LaunchError
-from fntrain.shell.launching.failures import Failure, ended_well, first_failure, how_it_ended, reported, then_said
+from fntrain.shell.launching.failures import Failure, described, ended_well, first_failure, how_it_ended, reported
 from fntrain.shell.launching.local import forkserver_context
 from fntrain.shell.launching.network import own_address, process_group, rank_from_environment
 from fntrain.shell.launching.signals import follow_launcher, handled_by
@@ -57,7 +58,7 @@ def launch_on_machines(
                 raise SystemExit(128 + number) from error
             own = _own_failures(getattr(error, "failures", {}), begun=bool(launcher.attempt.value))
             failures = _failures_of_all(launcher, store, own, num_machines)
-            raise LaunchError(_described(failures, max_restarts)) from error
+            raise LaunchError(_message(failures, max_restarts)) from error
         except (RendezvousConnectionError, dist.DistNetworkError) as error:
             raise LaunchError(f"the connection to machine 0 ({rendezvous}) is lost, or never came about") from error
     if leaving := [status for status in statuses.values() if status]:
@@ -78,36 +79,30 @@ def _config(num_processes: int, num_machines: int, machine_rank: int, rendezvous
         run_id=f"fntrain-{rendezvous}",
         rdzv_backend="c10d",
         rdzv_endpoint=rendezvous,
-        rdzv_configs={"is_host": False},  # the launcher of machine 0 is: its store outlives its agent
-        local_addr=host if machine_rank == 0 else own_address(host),  # its name may mean another to the others
+        rdzv_configs={"is_host": False},  # the launcher of machine 0 is the host: its store outlives its agent
+        local_addr=host if machine_rank == 0 else own_address(host),  # a machine's name may mean loopback to others
         max_restarts=max_restarts,
         monitor_interval=POLL_S,
         start_method="forkserver",
-        signals_to_handle="SIGHUP,SIGQUIT",  # the others are handled here: the agent passes on what ranks have got
+        signals_to_handle="SIGHUP,SIGQUIT",  # not those handled here: ranks would get them twice
     )
 
 
 def _store(rendezvous: str, *, is_host: bool = False) -> Any:
-    """The store at which the machines meet: a new one if it is kept here, else a connection to it."""
+    """The store at which the machines meet: a new one if this machine is to keep it, else a connection to it."""
     host, _, port = rendezvous.rpartition(":")
-    return dist.TCPStore(  # type: ignore[attr-defined]
-        host,
-        int(port),
-        is_master=is_host,
-        wait_for_workers=False,
-        multi_tenant=True,
-        timeout=timedelta(seconds=CONNECT_S),
-    )
+    options = {"is_master": is_host, "wait_for_workers": False, "multi_tenant": True}
+    return dist.TCPStore(host, int(port), timeout=timedelta(seconds=CONNECT_S), **options)  # type: ignore[attr-defined]
 
 
 @attrs.frozen
 class _Launcher:
-    """What a rank needs to know of the process that launched it; the integers are shared with that process."""
+    """What a rank gets from the process that launched it; the integers are in memory shared with that process."""
 
     rendezvous: str
     timeout: timedelta
     signal_number: Any  # of the signal that came, or 0
-    attempt: Any  # names the attempt under way: the port at which its ranks meet, a new one each time
+    attempt: Any  # the port at which the ranks of the current attempt meet: a new one for each, so it names the attempt
 
     def handle_signal(self, number: int, _frame: Any) -> None:
         if self.signal_number.value or not multiprocessing.active_children():
@@ -122,8 +117,8 @@ class _Launcher:
 class _Failures:
     """The failures of one attempt, of all machines, in the order in which ranks reported them.
 
-    An append is atomic, and a rank appends before its connections close, so whoever fails because of that comes later.
-    Times would not do: clocks of machines differ.
+    An append is atomic, and a rank appends before its connections close, so a rank that fails because of that appends
+    later. The times of failures can't be compared: clocks of machines differ.
     """
 
     def __init__(self, attempt: int, store: Any) -> None:
@@ -147,17 +142,17 @@ class _Failures:
 
 
 def _own_failures(failed: Mapping[int, Any], begun: bool) -> list[Failure]:
-    """What the agent of this machine knows: the rank that ended first here, if it was not ended from here."""
+    """What the agent of this machine knows: the rank that failed first here, unless the agent itself ended it."""
     failures = []
     for rank, found in failed.items():
-        text = str(found.message) if Path(found.error_file).is_file() else None  # its own words, see _report
+        text = str(found.message) if Path(found.error_file).is_file() else None  # written by _report
         line = how_it_ended(found.exitcode, begun) if text is None else text.rstrip().rpartition("\n")[2]
         failures.append(Failure(rank, found.timestamp, line, text))
     return failures
 
 
 def _failures_of_all(launcher: _Launcher, store: Any, own: list[Failure], num_machines: int) -> list[Failure]:
-    """The failures of all machines in their order; only this one's if machine 0 does not answer."""
+    """The failures of all machines in their order; those of this machine alone if machine 0 does not answer."""
     try:
         shared = launcher.failures(store)
         known = {failure.rank for failure in shared.read()}
@@ -168,23 +163,20 @@ def _failures_of_all(launcher: _Launcher, store: Any, own: list[Failure], num_ma
         failures = shared.read()
     except dist.DistError:
         return own
-    with suppress(dist.DistError):  # the list ends with the launcher of machine 0, so it waits until all have read it
+    with suppress(dist.DistError):  # the list is lost when the launcher of machine 0 ends: wait until all have read it
         if complete:
             shared.wait_for_machines("read", num_machines)
     return failures
 
 
-def _described(failures: list[Failure], max_restarts: int) -> str:
+def _message(failures: list[Failure], max_restarts: int) -> str:
     if not failures:
         return f"another machine ended the job, {max_restarts} restarts done"
-    first, others = first_failure(failures)
-    if first.text is None:
-        return f"rank {first.rank} {first.line}, {max_restarts} restarts done{then_said(others)}"
-    return f"rank {first.rank} failed, {max_restarts} restarts done:\n{first.text.rstrip()}{then_said(others)}"
+    return described(*first_failure(failures), restarts=f", {max_restarts} restarts done")
 
 
 def _run_rank(fn: Callable[[], object], launcher: _Launcher) -> int:
-    """Run the function as a rank; returns its status after a signal, which is not to be started again."""
+    """Run the function as a rank; return the status if a signal stopped it: that is no failure to start again for."""
     follow_launcher(launcher.signal_number)
     me = rank_from_environment(os.environ)
     assert me is not None
@@ -194,21 +186,20 @@ def _run_rank(fn: Callable[[], object], launcher: _Launcher) -> int:
         with reported(me.rank, report), process_group(me, timeout=launcher.timeout), reported(me.rank, report):
             fn()
     except SystemExit as leaving:
-        code = 0 if leaving.code is None else leaving.code
-        if not isinstance(code, int) or not ended_well(code):
+        if not ended_well(code := int(leaving.code or 0)):  # a text is a failure, which was reported
             raise
         return code
     return 0
 
 
 def _report(launcher: _Launcher, failure: Failure) -> None:
-    """In a rank: append its failure to the list of the job, and write it where the agent of its machine looks."""
+    """In a rank: append its failure to the list of the job, and write it to the file that the agent reads."""
     failure = attrs.evolve(failure, text=(failure.text or "")[-MAX_TEXT:])
     content = {"message": failure.text, "timestamp": int(failure.when)}
     with suppress(OSError):
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(content))
     with suppress(dist.DistError):
         launcher.failures().append(failure)
-    # The agent names the first of its ranks that it finds ended. If another was killed, and this one only lost the
-    # connection to it, then this one has to end later than the agent's next look.
+    # The agent reports the first of its ranks that it finds ended. If another rank was killed, and this one fails only
+    # because it lost the connection, this one must end after the agent's next look, or it would be taken for the first.
     time.sleep(2.5 * POLL_S)

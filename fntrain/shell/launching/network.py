@@ -1,6 +1,6 @@
 """Which rank a process is, and how it joins the others: by which address and interface they reach this machine.
 
-A machine's own name often means 127.0.1.1, which to the others is themselves.
+A machine's own name often resolves to 127.0.1.1, an address by which every other machine reaches itself.
 """
 
 import fcntl
@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 _log = logging.getLogger("fntrain")
 _SIOCGIFADDR = 0x8915  # Linux: the address of an interface
-_ANYWHERE = "192.0.2.1"  # kept for examples by RFC 5737: only the way there is asked for
+_ANYWHERE = "192.0.2.1"  # reserved for examples by RFC 5737: nothing is sent there, only the route is looked up
 
 
 @attrs.frozen
@@ -37,7 +37,7 @@ class ProcessRank:
 
 
 def rank_from_environment(environment: Mapping[str, str]) -> ProcessRank | None:
-    """Read which rank this process is, as torchrun or SLURM say it; None if neither started it.
+    """Read which rank this process is from the variables of torchrun or SLURM; None if neither started it.
 
     Example:
       >>> torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
@@ -77,15 +77,12 @@ def process_group(me: ProcessRank, *, timeout: timedelta, store: Any = None) -> 
     on_gpu = _choose_gpu(me)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // me.local_world_size))
-    given: dict[str, Any] = {"store": store} if store is not None else {}
-    if me.address is not None:
-        given["init_method"] = f"tcp://{me.address}"
-    if given:
-        given |= {"rank": me.rank, "world_size": me.world_size}
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    first = os.environ.get("MASTER_ADDR", "") if me.address is None else me.address.rpartition(":")[0]
+    first, init_method = os.environ.get("MASTER_ADDR", ""), None
+    if me.address is not None:
+        first, init_method = me.address.rpartition(":")[0], f"tcp://{me.address}"
     with gloo_through(first) if me.world_size > me.local_world_size else nullcontext():
-        dist.init_process_group(backend, timeout=timeout, **given)
+        dist.init_process_group(backend, init_method, timeout, me.world_size, me.rank, store)
         try:
             yield
         except Exception:
@@ -112,7 +109,7 @@ def _choose_gpu(me: ProcessRank) -> bool:
 
 
 def own_address(host: str) -> str | None:
-    """Return the address that this machine has on the way to another; sends nothing.
+    """Return the address from which this machine would send to another; sends nothing.
 
     Example:
       >>> own_address("127.0.0.1")
@@ -128,9 +125,9 @@ def own_address(host: str) -> str | None:
 
 
 def interface(host: str) -> str | None:
-    """Return the name of the network interface to another machine, itself one of several; None if it is not found.
+    """Return the name of the network interface through which another machine is reached; None if it is not found.
 
-    If the other's name means the loopback here, as on the machine of that name, it is the interface to anywhere.
+    If the other's name means the loopback here, as on the machine of that name, it is the one of the default route.
 
     Example:
       >>> interface("127.0.0.1") in ("lo", None)
@@ -154,7 +151,7 @@ def interface(host: str) -> str | None:
 
 @contextmanager
 def gloo_through(host: str) -> Iterator[None]:
-    """Let gloo talk through the interface to a machine, unless GLOO_SOCKET_IFNAME says through which."""
+    """Let gloo use the interface through which a machine is reached, unless GLOO_SOCKET_IFNAME names another."""
     name = "GLOO_SOCKET_IFNAME"
     found = None if name in os.environ else interface(host)
     if found is not None:

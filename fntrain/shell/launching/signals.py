@@ -1,7 +1,7 @@
-"""Signals of a job: its launcher passes on to the ranks what it gets, and they end as `hooks.on_signal` says.
+"""Signals of a job: its launcher passes on to the ranks those that it gets, and ranks end as `hooks.on_signal` says.
 
-Schedulers and Ctrl-C signal all processes of a job at once, so a rank that has got the signal itself is left alone: to
-`on_signal` a second one means "end now, without saving".
+Schedulers and Ctrl-C signal all processes of a job at once. A rank that has got the signal by itself must not get it
+again from the launcher: to `on_signal` a second one means "end now, without saving".
 """
 
 import multiprocessing
@@ -15,7 +15,7 @@ from multiprocessing.connection import wait
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-arrived: set[int] = set()  # signals that on_signal of this process has got: they are not passed on again
+arrived: set[int] = set()  # signals that `on_signal` of this process has got: these are not passed on to it
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 
 def follow_launcher(signal_number: Any) -> None:
-    """In a rank: end at once if the launcher is killed, and get the signal whose number it writes, unless it came here.
+    """In a rank: end at once if the launcher is killed, and raise the signal whose number it writes, unless it arrived.
 
     Args:
       signal_number: an integer in shared memory, 0 until the launcher gets a signal.
@@ -55,6 +55,6 @@ def _end_with_launcher(_: Any) -> None:
 def _pass_on(signal_number: Any) -> None:
     while not (number := signal_number.value):
         time.sleep(0.1)
-    time.sleep(0.3)  # one that was sent to all processes has reached the handler by then
+    time.sleep(0.3)  # a signal that was sent to all processes has reached this one's handler by then
     if number not in arrived:
         os.kill(os.getpid(), number)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fntrain.core import tree
 from fntrain.core.rng import preserved_generators
-from fntrain.shell.checkpoints.tensor_file import fsync
+from fntrain.shell.disk import fsync
 from fntrain.shell.steps.flat import Untraceable, flatten
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from fntrain.shell.checkpoints.manifest import MANIFEST
 from fntrain.shell.checkpoints.paths import RemotePath, path_of
 from fntrain.shell.checkpoints.reading import read_model
 from fntrain.shell.checkpoints.save_load import checkpoints
-from fntrain.shell.checkpoints.tensor_file import fsync
+from fntrain.shell.disk import fsync
 
 _INDEX = ".safetensors.index.json"
 _MADE_BY_TORCH = (b"PK\x03\x04", b"\x80\x02")  # torch.save: a zip file, a bare pickle before torch 1.6

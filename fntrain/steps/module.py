@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import attrs
 import torch
@@ -13,13 +13,11 @@ from fntrain.core import tree
 from fntrain.core.lease import Home, Leased
 from fntrain.core.state import TrainState
 from fntrain.core.tree import PyTree
-
-if TYPE_CHECKING:
-    from fntrain.steps.optim import Optimizer
+from fntrain.steps.optim import Optimizer
 
 
 def init_state(
-    model: nn.Module, optimizer: "Optimizer", *, seed: int = 0, extra: Mapping[str, PyTree] | None = None
+    model: nn.Module, optimizer: Optimizer, *, seed: int = 0, extra: Mapping[str, PyTree] | None = None
 ) -> TrainState:
     """Make the state before the first step from a module and an optimizer.
 
@@ -122,14 +120,47 @@ def copy_in(slots: "Slots", state: TrainState, reason: str) -> None:
         foreign = {name: theirs[name] for name in own if not same_memory(theirs[name], own[name])}
         if home.leased(theirs, field) and not foreign:
             continue  # by address: a lease does not tell whether the module has been moved since (`.to`)
-        storages = {tree.local(tensor).untyped_storage().data_ptr() for tensor in own.values()}
-        if any(tree.local(tensor).untyped_storage().data_ptr() in storages for tensor in foreign.values()):
+        if storages(own) & storages(foreign):
             foreign = tree.clone(foreign)  # parts of the module under other names: copying would overwrite some
         written = None if field == "buffers" and foreign else [slots.params[name] for name in foreign]
         home.end(reason, field, written=written)
         with torch.no_grad():
             for name, tensor in foreign.items():
                 tree.local(own[name]).copy_(tree.local(tree.split_like(own[name], tensor)))
+
+
+class Place(NamedTuple):
+    """Where a module keeps a buffer: `owner[key]`.
+
+    A step notes the tensor that lies there before its forward (`before`) and the memory of that tensor (`memory`).
+    """
+
+    name: str | None  # of the buffer in a state; None: scratch memory of the module, no part of a state
+    owner: dict[str, Tensor | None]
+    key: str
+
+    def assigned(self, before: Tensor | None, memory: Tensor | None) -> Tensor | None:
+        """Return what the forward put in the place of the tensor from before, None if that one is still there.
+
+        Raises:
+          ValueError: the buffer is a tensor only before or only after the forward.
+        """
+        after = self.owner[self.key]
+        if after is None and before is None:
+            return None
+        if after is None or before is None or memory is None:
+            was, now = ["None" if one is None else "a tensor" for one in (before, after)]
+            raise ValueError(
+                f"model: buffer {self.name!r} went from {was} to {now} in a step; register it as a tensor from the "
+                "start, or with persistent=False if it is scratch memory"
+            )
+        return after.detach() if after is not before or after.data_ptr() != memory.data_ptr() else None
+
+    def put_back(self, before: Tensor | None, memory: Tensor | None) -> None:
+        """Put the tensor from before into its place, in its own memory; the values there stay as they are."""
+        self.owner[self.key] = before
+        if before is not None and memory is not None:
+            before.data = memory
 
 
 @attrs.frozen(eq=False)
@@ -143,7 +174,7 @@ class Slots:
 
     params: dict[str, nn.Parameter]
     buffer_names: frozenset[str]
-    places: tuple[tuple[str | None, dict[str, Tensor | None], str], ...]  # (name, owner's _buffers, key); None: scratch
+    places: tuple[Place, ...]  # of the buffers
 
     @classmethod
     def of(cls, model: nn.Module) -> "Slots":
@@ -153,17 +184,16 @@ class Slots:
         if not params:
             raise ValueError(f"model: {type(model).__name__} has no parameters, expected at least one")
         first_name: dict[int, str] = {}
-        places: list[tuple[str | None, dict[str, Tensor | None], str]] = []
+        places: list[Place] = []
         for prefix, module in model.named_modules():
             for key, buffer in module._buffers.items():
                 name = _plain(f"{prefix}.{key}" if prefix else key)
                 if buffer is not None:
                     name = first_name.setdefault(id(buffer), name)
                 scratch = key in module._non_persistent_buffers_set
-                places.append((None if scratch else name, module._buffers, key))
-        return cls(
-            params, frozenset(name for name, owner, key in places if name and owner[key] is not None), tuple(places)
-        )
+                places.append(Place(None if scratch else name, module._buffers, key))
+        buffer_names = frozenset(name for name, owner, key in places if name and owner[key] is not None)
+        return cls(params, buffer_names, tuple(places))
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -213,11 +243,11 @@ class Slots:
                 if self.params[name].requires_grad:
                     lease.frozen.append(self.params[name])
                     self.params[name].requires_grad_(False)
-            for place, owner, key in self.places:
-                buffer = owner[key]
-                lease.buffers.append((owner, key, buffer, None if buffer is None else buffer.data))
+            for place in self.places:
+                buffer = place.owner[place.key]
+                lease.buffers.append((place, buffer, None if buffer is None else buffer.data))
                 if buffer is not None:
-                    buffer.data = buffers[place] if place is not None else buffer.data.clone()
+                    buffer.data = buffer.data.clone() if place.name is None else buffers[place.name]
         except BaseException:
             self.take_back(lease)
             raise
@@ -231,10 +261,8 @@ class Slots:
             param.grad = grad
         for param in lease.frozen:
             param.requires_grad_(True)
-        for owner, key, buffer, home in reversed(lease.buffers):  # a shared one ends with what it held first
-            owner[key] = buffer
-            if buffer is not None and home is not None:
-                buffer.data = home
+        for place, buffer, memory in reversed(lease.buffers):  # a buffer in two places ends with what it held first
+            place.put_back(buffer, memory)
 
     def written(
         self, lease: "Lent", params: dict[str, Tensor], buffers: dict[str, Tensor]
@@ -243,15 +271,10 @@ class Slots:
         for name, param in self.params.items():
             if param.data_ptr() != params[name].data_ptr():
                 params[name] = param.detach().clone()
-        lent = dict(buffers)  # a shared one assigned in one place only must not be undone by the others
-        for (place, owner, key), (_, _, buffer, _) in zip(self.places, lease.buffers, strict=True):
-            value = owner[key]
-            if place is None or (value is None and buffer is None):
-                continue
-            if value is None or buffer is None:
-                raise buffer_changed_kind(place, buffer, value)
-            if value is not buffer or value.data_ptr() != lent[place].data_ptr():
-                buffers[place] = value.detach().clone()
+        lent = dict(buffers)  # of a buffer in two places, assigned in one, the other place must not undo that
+        for place, before, _ in lease.buffers:
+            if place.name is not None and (after := place.assigned(before, lent.get(place.name))) is not None:
+                buffers[place.name] = after.clone()
         return params, buffers
 
 
@@ -261,7 +284,7 @@ class Lent:
 
     params: list[tuple[nn.Parameter, Tensor, Tensor | None]]
     frozen: list[nn.Parameter]
-    buffers: list[tuple[dict[str, Tensor | None], str, Tensor | None, Tensor | None]]
+    buffers: list[tuple[Place, Tensor | None, Tensor | None]]  # with the tensor that lay there and its memory
 
 
 def _plain(name: str) -> str:
@@ -269,12 +292,9 @@ def _plain(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def buffer_changed_kind(name: str, before: Tensor | None, after: Tensor | None) -> ValueError:
-    """The error for a persistent buffer that is a tensor only before or only after a step."""
-    return ValueError(
-        f"model: buffer {name!r} went from {_kind(before)} to {_kind(after)} in a step; register it as a "
-        "tensor from the start, or with persistent=False if it is scratch memory"
-    )
+def storages(tensors: PyTree) -> set[int]:
+    """Return the addresses of the memory in which the tensors of a tree lie."""
+    return {tree.local(tensor).untyped_storage().data_ptr() for tensor in tree.tensors(tensors)}
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
@@ -285,10 +305,6 @@ def same_memory(a: Tensor, b: Tensor) -> bool:
 def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor's elements fill its memory, each at a place of its own; kernels that run over it assume so."""
     return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
-
-
-def _kind(value: Tensor | None) -> str:
-    return "None" if value is None else "a tensor"
 
 
 def _check_like(kind: str, here: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> None:

@@ -26,10 +26,19 @@ def can_choose(new: Any, old: Any, device: torch.device) -> bool:
 def choose(healthy: Tensor, new: Any, old: Any) -> Any:
     """Return the new tree where `healthy` (a 0-d tensor of bool) is true, and the old one where it is not.
 
+    Where the device can't choose, the host waits for it, and one of the two trees is returned as it is: an update may
+    have created state, or the optimizer keeps counters on the host.
+
     Example:
       >>> choose(torch.tensor(False), {"w": torch.ones(2)}, {"w": torch.zeros(2)})
       {'w': tensor([0., 0.])}
     """
+    if can_choose(new, old, healthy.device):
+        return _chosen(healthy, new, old)
+    return new if bool(healthy) else old
+
+
+def _chosen(healthy: Tensor, new: Any, old: Any) -> Any:
     if isinstance(new, Tensor):
         return torch.where(healthy, new, old)
-    return {key: choose(healthy, value, old[key]) for key, value in new.items()}
+    return {key: _chosen(healthy, value, old[key]) for key, value in new.items()}

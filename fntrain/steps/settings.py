@@ -6,7 +6,7 @@ from typing import Any, Literal
 import attrs
 from torch import Tensor, nn
 
-from fntrain.core.check import whole
+from fntrain.core.check import function, number, one_of, whole
 from fntrain.steps.batch import Batch
 from fntrain.steps.loss import Loss, Weighted, WeightsFn
 from fntrain.steps.optim import Optimizer
@@ -18,10 +18,10 @@ TransformGrads = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 @attrs.frozen(eq=False)
 class Settings:
-    """What a step is told to do; `ft.supervised_step` says what each means.
+    """The settings of a step; `ft.supervised_step` says what each means.
 
-    A record of its own, so that the body can hold it without holding the step, which holds the body: in a circle, a
-    model's memory would be free only after a pass of the garbage collector.
+    The body holds this record and not the step, which holds the body: in such a circle the memory of a model would be
+    free only after a pass of the garbage collector.
     """
 
     model: nn.Module = attrs.field(repr=lambda model: type(model).__name__)
@@ -46,21 +46,14 @@ def check(step: Settings) -> None:
         raise TypeError(f"optimizer: got {got}, expected ft.optimizer(torch.optim.AdamW, lr=...)")
     whole("accumulate", step.accumulate, 1)
     for name in ("loss_fn", "transform_grads", "weights", "split"):
-        fn = getattr(step, name)
-        if not callable(fn) and (fn is not None or name == "loss_fn"):
-            raise TypeError(f"{name}: got {type(fn).__name__}, expected a function")
+        function(name, getattr(step, name), optional=name != "loss_fn")
     for name in ("clip_grad_norm", "clip_grad_value"):
-        value = getattr(step, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}: got {value!r}, expected a number > 0 or None")
+        number(name, getattr(step, name), lambda value: value > 0, "> 0", optional=True)
     if step.clip_grad_norm is not None and step.clip_grad_value is not None:
         raise ValueError("clip_grad_norm and clip_grad_value: got both, expected at most one")
-    if step.precision not in PRECISIONS:
-        raise ValueError(f"precision: got {step.precision!r}, expected one of {PRECISIONS}")
-    if step.on_nonfinite not in ("skip", "raise", "allow"):
-        raise ValueError(f"on_nonfinite: got {step.on_nonfinite!r}, expected 'skip', 'raise' or 'allow'")
-    if step.seeds not in ("torch", "all"):
-        raise ValueError(f"seeds: got {step.seeds!r}, expected 'torch' or 'all'")
+    one_of("precision", step.precision, PRECISIONS, f"one of {PRECISIONS}")
+    one_of("on_nonfinite", step.on_nonfinite, ("skip", "raise", "allow"))
+    one_of("seeds", step.seeds, ("torch", "all"))
     if step.precision == "fp16" and step.on_nonfinite != "skip":
         raise ValueError(
             f"on_nonfinite: got {step.on_nonfinite!r} with precision 'fp16', expected 'skip': gradients that "

@@ -14,7 +14,7 @@ from fntrain.core import tree
 from fntrain.core.state import TrainState
 from fntrain.steps.batch import Batch
 from fntrain.steps.body import Body
-from fntrain.steps.outcome import can_choose, choose
+from fntrain.steps.outcome import choose
 from fntrain.steps.settings import Settings, check
 
 
@@ -82,18 +82,11 @@ class SupervisedStep(Settings):
             slots.take_back(lease)
         new: dict[str, Any] = {"params": params, "buffers": buffers, "opt_state": opt_state}
         if isinstance(work.healthy, Tensor):
-            new = _chosen(work.healthy, new, state)
+            old = {name: getattr(state, name) for name in new}
+            new = choose(work.healthy, new, old)
+            if new is old:
+                return state.advance(**work.changes)
         return state.advance(**{name: MappingProxyType(value) for name, value in new.items()}, **work.changes)
 
 
 supervised_step = SupervisedStep
-
-
-def _chosen(healthy: Tensor, new: dict[str, Any], state: TrainState) -> dict[str, Any]:
-    """The new fields of the state or its old ones; on a GPU nobody waits for the decision: the device chooses."""
-    old = {name: getattr(state, name) for name in new}
-    if can_choose(new, old, healthy.device):
-        chosen: dict[str, Any] = choose(healthy, new, old)
-        return chosen
-    # The update created state, or keeps some elsewhere (step counters on the host): this one waits.
-    return new if bool(healthy) else {}

@@ -19,7 +19,10 @@ from fntrain.core.tree import PyTree
 from fntrain.steps.grads import check_dense
 from fntrain.steps.rates import Rates, Schedules
 
+Tensors = Mapping[str, Tensor]  # by the names of parameters
 OptState = Mapping[str, Mapping[str, PyTree]]
+OwnState = Mapping[str, dict[str, PyTree]]  # optimizer state that an update may write to
+NewState = dict[str, Mapping[str, PyTree]]
 MASTER = "master_weight"  # the float32 copy of a parameter, beside what the optimizer keeps for it
 _GROUP_PREFIX = "group."  # marks what an optimizer keeps per group, stored with the group's first parameter
 
@@ -36,13 +39,7 @@ class BoundOptimizer:
     master_weights: bool = False
     seen: list[bool] = attrs.field(factory=list, init=False)  # holds something once the class has been looked at
 
-    def apply_(
-        self,
-        leaves: Mapping[str, Tensor],
-        opt_state: Mapping[str, dict[str, PyTree]],
-        rates: Rates,
-        found_inf: Tensor | None = None,
-    ) -> dict[str, Mapping[str, PyTree]]:
+    def apply_(self, leaves: Tensors, opt_state: OwnState, rates: Rates, found_inf: Tensor | None = None) -> NewState:
         """Run the class's step in place on leaves with a `.grad` and on the tensors of `opt_state`.
 
         A shallow copy of the template holds the tensors for this one call (3 us; building one costs 6 or more).
@@ -76,37 +73,28 @@ class BoundOptimizer:
             self.seen.append(True)
         return self._collect(leaves, opt_state, lent, before)
 
-    def placed(self, opt_state: OptState, params: Mapping[str, Tensor]) -> OptState:
+    def placed(self, opt_state: OptState, params: Tensors) -> OptState:
         """The optimizer state on its parameters' devices; counters stay on the host unless fused or capturable."""
-        counts_there = {
-            name: bool(group.get("fused") or group.get("capturable"))
-            for names, group in zip(self.names, self.template.param_groups, strict=True)
-            for name in names
-        }
+        groups = zip(self.names, self.template.param_groups, strict=True)
+        on_device = {name for names, group in groups if group.get("fused") or group.get("capturable") for name in names}
 
         def place(name: str, leaf: Tensor) -> Tensor:
-            moves = leaf.dim() > 0 or counts_there.get(name, False)
-            return leaf.to(params[name].device) if moves and leaf.device != params[name].device else leaf
+            return leaf.to(params[name].device) if leaf.dim() > 0 or name in on_device else leaf
 
-        return {
-            name: tree.map_tensors(partial(place, name), kept) if name in params else kept
-            for name, kept in opt_state.items()
+        mine = {
+            name: tree.map_tensors(partial(place, name), opt_state[name]) for name in opt_state.keys() & params.keys()
         }
+        return {**opt_state, **mine}
 
     def _apply_to_masters(
-        self,
-        low: list[str],
-        leaves: Mapping[str, Tensor],
-        opt_state: Mapping[str, dict[str, PyTree]],
-        rates: Rates,
-        found_inf: Tensor | None,
-    ) -> dict[str, Mapping[str, PyTree]]:
+        self, low: list[str], leaves: Tensors, opt_state: OwnState, rates: Rates, found_inf: Tensor | None
+    ) -> NewState:
         """Update float32 copies of the parameters in half precision, and round the result into them."""
         masters = {}
         for name in low:
-            kept = opt_state.get(name, {}).get(MASTER)
-            masters[name] = leaves[name].detach().float() if kept is None else kept
-            masters[name].grad = None if leaves[name].grad is None else leaves[name].grad.float()  # type: ignore[union-attr]
+            leaf, kept = leaves[name], opt_state.get(name, {}).get(MASTER)
+            masters[name] = leaf.detach().float() if kept is None else kept
+            masters[name].grad = None if leaf.grad is None else leaf.grad.float()
         own = {name: {k: v for k, v in kept.items() if k != MASTER} for name, kept in opt_state.items()}
         rest = attrs.evolve(self, master_weights=False)
         after = rest.apply_({**leaves, **masters}, own, rates, found_inf)
@@ -118,9 +106,7 @@ class BoundOptimizer:
         idle = {n: opt_state[n][MASTER] for n in opt_state.keys() - masters.keys() if MASTER in opt_state[n]}
         return {**after, **{n: {**after.get(n, {}), MASTER: master} for n, master in {**idle, **masters}.items()}}
 
-    def _lend(
-        self, leaves: Mapping[str, Tensor], opt_state: Mapping[str, dict[str, PyTree]], rates: Rates
-    ) -> torch.optim.Optimizer:
+    def _lend(self, leaves: Tensors, opt_state: OwnState, rates: Rates) -> torch.optim.Optimizer:
         """A shallow copy of the template that holds these tensors, at these rates, memory of groups put back."""
         lent = object.__new__(type(self.template))
         lent.__dict__.update(self.template.__dict__)
@@ -142,14 +128,10 @@ class BoundOptimizer:
         return lent
 
     def _collect(
-        self,
-        leaves: Mapping[str, Tensor],
-        opt_state: Mapping[str, dict[str, PyTree]],
-        lent: torch.optim.Optimizer,
-        before: list[dict[str, Any]],
-    ) -> dict[str, Mapping[str, PyTree]]:
+        self, leaves: Tensors, opt_state: OwnState, lent: torch.optim.Optimizer, before: list[dict[str, Any]]
+    ) -> NewState:
         """The optimizer's state by name, and what it changed in a group under the group's first parameter."""
-        after: dict[str, Mapping[str, PyTree]] = {n: opt_state[n] for n in self.frozen if n in opt_state}
+        after: NewState = {n: opt_state[n] for n in self.frozen if n in opt_state}
         for names, group, old in zip(self.names, lent.param_groups, before, strict=True):
             for name in names:
                 if own := lent.state.get(leaves[name]):
@@ -174,11 +156,10 @@ def _marks(instance: torch.optim.Optimizer) -> set[tuple[str, str]]:
     for key, value in instance.__dict__.items():
         if key not in ("state", "param_groups") and not isinstance(value, bool):
             marks.add((f"the attribute {key!r}", _mark(value)))
-    for index, one in enumerate(instance.param_groups):
-        containers = {
-            key: value for key, value in one.items() if key != "params" and isinstance(value, list | dict | set)
-        }
-        marks |= {(f"param_groups[{index}][{key!r}]", _mark(value)) for key, value in containers.items()}
+    for index, group in enumerate(instance.param_groups):
+        for key, value in group.items():
+            if key != "params" and isinstance(value, list | dict | set):
+                marks.add((f"param_groups[{index}][{key!r}]", _mark(value)))
     return marks
 
 

@@ -1,10 +1,10 @@
 """Memory: the tensors of one module, on which a step runs in place, and the states that share them.
 
-A donated step is a memory and an execution. The execution (eager, graphs, programs) computes; everything else is said
+A donated step is a memory and an execution. The execution (eager, graphs, programs) computes; everything else stands
 here once: what of a state has to be copied in, what a step that fails has to put back, the update, the next state.
 """
 
-import logging
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,15 +14,12 @@ from torch import Tensor, nn
 from fntrain.core import tree
 from fntrain.core.lease import FIELDS, Home, Leased
 from fntrain.core.state import TrainState
-from fntrain.core.tree import PyTree
 from fntrain.shell.steps.kernels import FusedAdam
-from fntrain.shell.steps.writing import Writing, storages
+from fntrain.shell.steps.writing import Writing
 from fntrain.steps.body import Body, Gradients
-from fntrain.steps.module import copy_in, is_dense, same_memory
+from fntrain.steps.module import copy_in, is_dense, same_memory, storages
 from fntrain.steps.outcome import can_choose, choose
 from fntrain.steps.rates import Rates
-
-_log = logging.getLogger("fntrain")
 
 
 class Memory:
@@ -39,14 +36,15 @@ class Memory:
         self.modules = tuple(body.settings.model.modules())
         self._separate()
         self.params = {name: param.detach() for name, param in body.slots.params.items()}
-        self.buffers = {name: buffer.detach() for name, buffer in body.slots.buffers.items()}
+        self.buffers: dict[str, Tensor] = {}
+        self.find_buffers()
         self.opt_state: dict[str, Any] = {}
         self.updated: set[str] = set()
         self.moves = 0
         self.fused: FusedAdam | None = None
         self._storages: set[int] | None = None  # addresses of what is written to; None: to be found anew
         self._addresses = [tensor.data_ptr() for tensor in self.params.values()]
-        self._handed: tuple[Any, ...] = (None, None, None)  # the mappings of the state that was handed out last
+        self._handed: tuple[Any, ...] = (None, None, None)  # params, buffers, opt_state of the last state returned
         self._warned = False  # that the host waits for each decision
 
     def _separate(self) -> None:
@@ -60,14 +58,14 @@ class Memory:
             if not is_dense(tensor) or (keeper != id(tensor) and not isinstance(tensor, nn.Parameter)):
                 tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
-    # What the memory of ranks that hold parts of tensors says otherwise.
+    # What the memory of ranks that hold parts of tensors overrides.
 
     def shown(self, field: str) -> dict[str, Any]:
         """Return the mapping that states hold for a field: here the tensors as they are."""
         mapping: dict[str, Any] = getattr(self, field)
         return mapping
 
-    def own_part(self, name: str, value: PyTree) -> PyTree:
+    def own_part(self, name: str, value: tree.PyTree) -> tree.PyTree:
         """Return what of a state's entry belongs into this memory: here all of it."""
         del name
         return value
@@ -77,7 +75,7 @@ class Memory:
     def adopt(self, state: TrainState) -> TrainState:
         """Copy in what of a state lies elsewhere; returns the state with nothing of it elsewhere.
 
-        It goes by addresses. That a state is on lease does not tell whether the module has been moved since (`.to`).
+        Addresses decide. That a state is on lease does not tell whether the module has been moved since (`.to`).
 
         Raises:
           StateConsumedError: a part of the state was overwritten; nothing is written then.
@@ -96,7 +94,7 @@ class Memory:
         torch.clear_autocast_cache()  # a caller's autocast would go on with casts of what the module held before
         slots.check(state)
         self.follow_params()
-        self.buffers = {name: buffer.detach() for name, buffer in slots.buffers.items()}
+        self.find_buffers()
         copy_in(slots, state, reason)
         self._storages = None
         if not keeps_opt_state:
@@ -116,15 +114,16 @@ class Memory:
 
     def _without_overlaps(self, state: TrainState) -> TrainState:
         """The state, its tensors copied where they lie in memory of this step that is about to be overwritten."""
-        own: dict[str, Any] = {"params": self.body.slots.params, "buffers": self.body.slots.buffers}
-        own["opt_state"] = {} if self.home.leased(state.opt_state, "opt_state") else self.opt_state
+        opt_state = {} if self.home.leased(state.opt_state, "opt_state") else self.opt_state
+        slots = self.body.slots
+        own: dict[str, Any] = {"params": slots.params, "buffers": slots.buffers, "opt_state": opt_state}
         memory = storages(own)
         changes = {}
         for field, tensors in own.items():
             theirs = getattr(state, field)
-            moved = {n: t for n, t in theirs.items() if memory & storages(t) and not _is(t, tensors.get(n))}
-            if moved:
-                changes[field] = {**theirs, **tree.clone(moved)}
+            elsewhere = {name: one for name, one in theirs.items() if not _is(one, tensors.get(name))}
+            if overlapping := {name: one for name, one in elsewhere.items() if memory & storages(one)}:
+                changes[field] = {**theirs, **tree.clone(overlapping)}
         return state.replace(**changes)
 
     def _take_opt_state(self, theirs: Mapping[str, Any], reason: str) -> None:
@@ -171,10 +170,11 @@ class Memory:
             return healthy
         if not self._warned:
             self._warned = True
-            _log.warning(
-                "in_place: waits for the device at every step, because %s keeps counters on the host; give it "
+            name = self.body.settings.optimizer.cls.__name__
+            warnings.warn(
+                f"in_place: waits for the device at every step, because {name} keeps counters on the host; give it "
                 "fused=True or capturable=True if it has them, or the step on_nonfinite='allow'",
-                self.body.settings.optimizer.cls.__name__,
+                stacklevel=4,
             )
         return bool(healthy)
 
@@ -189,9 +189,9 @@ class Memory:
         elif self._takes_found_inf:
             self._apply(leaves, rates, (~healthy).float())
         else:
-            old = tree.clone({"params": {name: self.params[name] for name in leaves}, "opt_state": self.opt_state})
+            old = tree.clone(self._written(leaves))
             self._apply(leaves, rates, None)
-            self._pick(healthy, leaves, old)
+            self._choose(healthy, old, self._written(leaves))
 
     def _apply(self, leaves: Mapping[str, Tensor], rates: Rates, found_inf: Tensor | None) -> None:
         if self.fused is not None and self.fused.takes(leaves):
@@ -204,16 +204,16 @@ class Memory:
         self.updated |= leaves.keys()
         self._storages = None
 
-    def _pick(self, healthy: Tensor, leaves: Iterable[str], old: dict[str, Any]) -> None:
+    def _written(self, leaves: Iterable[str]) -> dict[str, Any]:
+        """What an update of these parameters writes to."""
+        return {"params": {name: self.params[name] for name in leaves}, "opt_state": self.opt_state}
+
+    def _choose(self, healthy: Tensor, old: dict[str, Any], new: dict[str, Any]) -> None:
         """Put the values from before the update back where the device says so."""
-        new = {"params": {name: self.params[name] for name in leaves}, "opt_state": self.opt_state}
-        if can_choose(new, old, healthy.device):
-            old = choose(healthy, new, old)
-        elif bool(healthy):
-            return
-        with torch.no_grad():
-            torch._foreach_copy_(list(new["params"].values()), list(old["params"].values()))
-        self.opt_state, self.fused, self._storages = old["opt_state"], None, None
+        if (chosen := choose(healthy, new, old)) is not new:
+            with torch.no_grad():
+                torch._foreach_copy_(list(new["params"].values()), list(chosen["params"].values()))
+            self.opt_state, self.fused, self._storages = chosen["opt_state"], None, None
 
     def advanced(self, state: TrainState, changes: dict[str, Any]) -> TrainState:
         """Return the next state: this memory, on lease."""
@@ -239,9 +239,14 @@ class Memory:
         if self._is_unmoved():  # the usual case, in half the time
             return
         for name in self.moved_params():
-            self.params[name], self.fused, self._storages = self.body.slots.params[name].detach(), None, None
+            self.params[name] = self.body.slots.params[name].detach()
+            self.fused = self._storages = None
             self.moves += 1
         self._addresses = [tensor.data_ptr() for tensor in self.params.values()]
+
+    def find_buffers(self) -> None:
+        """Take over the buffers that the module holds now."""
+        self.buffers = {name: buffer.detach() for name, buffer in self.body.slots.buffers.items()}
 
     def set_buffer(self, name: str, buffer: Tensor, *, moved: bool) -> None:
         """Note that a buffer is another tensor now, and whether it lies elsewhere."""
@@ -253,7 +258,7 @@ class Memory:
         for tensor in (*self.body.slots.params.values(), *self.body.slots.buffers.values()):
             tensor.data = tensor.data.clone()
         self.follow_params()
-        self.buffers = {name: buffer.detach() for name, buffer in self.body.slots.buffers.items()}
+        self.find_buffers()
         self.opt_state, self.fused, self._storages = tree.clone(self.opt_state), None, None
         self.moves += 1
 

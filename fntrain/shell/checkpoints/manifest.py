@@ -189,8 +189,7 @@ def _as_json(stored: Stored, part: Part | None = None) -> dict[str, Any]:
 def _parsed(content: Mapping[str, Any]) -> Manifest:
     """Make records of JSON; raises an error unless all that has to be a number or a text is one."""
     files = {
-        name: File(*(_whole_number(about[key]) for key in ("header", "crc32", "bytes")))
-        for name, about in content["files"].items()
+        name: File(*_numbers([one["header"], one["crc32"], one["bytes"]])) for name, one in content["files"].items()
     }
     ends = {name: file.header for name, file in files.items()}
     whole = content["whole"]

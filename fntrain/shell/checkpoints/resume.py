@@ -76,8 +76,8 @@ class _Target:
 
     Args:
       seed: of the fresh state.
-      tensors: its parameters and buffers; kept apart from it, for the state may be consumed while this goes on.
-      home: the module's memory that they are, if they are.
+      tensors: its parameters and buffers, copied out of the state, which may be consumed while this goes on.
+      home: the module whose own memory they are, if there is one.
     """
 
     seed: int

@@ -1,4 +1,4 @@
-"""convert: a safetensors file of a file that torch.save wrote, without running what the pickle in it says."""
+"""convert: make a safetensors file of a file that torch.save wrote, without running the code in its pickle."""
 
 import os
 from collections.abc import Mapping
@@ -48,7 +48,7 @@ def convert(torch_file: str | os.PathLike[str], out: str | os.PathLike[str], *, 
 
 
 def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Names of tensors that are the same memory as one before them, and the name of that one."""
+    """Name of a tensor -> name of the first tensor that is the same memory, for all but the first ones."""
     first: dict[tuple[Any, ...], str] = {}
     aliases: dict[str, str] = {}
     for name, tensor in tensors.items():
@@ -81,11 +81,11 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _kinds(content: Any) -> str:
-    """What a dict holds besides tensors, or what there is in its place."""
-    if not isinstance(content, Mapping):
-        return f"a {type(content).__name__}"
-    others = {name: value for name, value in content.items() if not _is_named_tensor((name, value))}
-    kinds = [f"{name!r} ({type(value).__name__})" for name, value in list(others.items())[:10]]
+    """For messages: how many tensors a dict holds and what else, or what there is in place of a dict."""
+    if not isinstance(content, Mapping) or not content:
+        return "an empty dict" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+    others = [
+        f"{name!r} ({type(value).__name__})" for name, value in content.items() if not _is_named_tensor((name, value))
+    ]
     more = [f"{len(others) - 10} more"] if len(others) > 10 else []
-    tensors = len(content) - len(others)
-    return ", ".join([f"{tensors} tensors", *kinds, *more]) if content else "an empty dict"
+    return ", ".join([f"{len(content) - len(others)} tensors", *others[:10], *more])

@@ -1,8 +1,8 @@
 """Files of named tensors that other libraries share: one safetensors file, or a set of them with an index.
 
-Read are the common sharded layout too (`model.safetensors.index.json`, whose `weight_map` gives the file of every name)
-and a checkpoint's model file. Files of others have no checksums; what can be checked is that no file of a set is
-missing or belongs to another set. Nothing here reads a pickle.
+`read_weights` also reads the common sharded layout (`model.safetensors.index.json`, whose `weight_map` gives the file
+of every name) and a checkpoint's model file. Files of other libraries have no checksums; what can be checked is that no
+file of a set is missing or belongs to another set. Nothing here reads a pickle.
 """
 
 import json
@@ -51,9 +51,8 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     path = _only(given) if given.is_dir() else given
     if not path.name.endswith(_INDEX):
         return _read_file(path)
-    shards = _shards(path)
     tensors: dict[str, Tensor] = {}
-    for file, listed in shards.items():
+    for file, listed in _shards(path).items():
         found = _read_file(path.parent / file)
         if problems := sorted(found.keys() ^ listed):
             raise CheckpointError(f"{path.parent / file}: {path.name} and the file disagree on {problems}; a mixed set")
@@ -85,7 +84,7 @@ def write_weights(
         _check_kind(path, name, tensor)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # transformers refuses a file without a format, so an alias of that name must not take its place.
+        # transformers refuses a file without a format, so an alias that is called "format" must not replace it.
         _replace(path, _plain(tensors), {**(aliases or {}), "format": "pt"})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: could not be written: {error}") from error
@@ -93,7 +92,7 @@ def write_weights(
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, contiguous, each with a memory of its own."""
+    """The tensors on the CPU, contiguous, each in a storage of its own."""
     plain: dict[str, Tensor] = {}
     addresses: set[int] = set()
     for name, tensor in tensors.items():
@@ -119,7 +118,7 @@ def _replace(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -
 
 
 def _only(directory: Path) -> Path:
-    """The one thing to read in a directory: an index that lists all safetensors files there, or the only one."""
+    """What to read in a directory: an index that lists all safetensors files there, or the only such file."""
     indexes = sorted(directory.glob("*" + _INDEX))
     listed = {file for index in indexes for file in _shards(index)}
     choices = indexes + [file for file in sorted(directory.glob("*.safetensors")) if file.name not in listed]
@@ -157,7 +156,7 @@ def _read_file(file: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: no such file") from error
     except (OSError, SafetensorError) as error:
-        if _is_made_by_torch(file):
+        if file.is_file() and _first_bytes(file).startswith(_MADE_BY_TORCH):
             raise CheckpointError(
                 f"{file}: is a file of torch.save, a pickle; make it a safetensors file once, with "
                 "ft.shell.weights.convert(torch_file, out)"
@@ -165,11 +164,9 @@ def _read_file(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file}: is damaged or no safetensors file: {error}") from error
 
 
-def _is_made_by_torch(file: Path) -> bool:
-    if not file.is_file():
-        return False
+def _first_bytes(file: Path) -> bytes:
     with file.open("rb") as opened:
-        return opened.read(8).startswith(_MADE_BY_TORCH)
+        return opened.read(8)
 
 
 def _check_kind(path: Path, name: str, tensor: Tensor) -> None:

@@ -1,7 +1,7 @@
 """load_params: some or all tensors of a file into a module.
 
-Names decide, never positions. Everything is checked before anything is written, so an error leaves no module half
-loaded, and what strict=False leaves out is in the report.
+Tensors are matched by name, never by position. Everything is checked before anything is written, so an error leaves no
+module half loaded. The report lists what strict=False leaves out.
 """
 
 import os
@@ -20,16 +20,12 @@ from fntrain.steps.module import Slots, copy_in
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 AnyPath = str | os.PathLike[str]
+Names = Mapping[str, str]
 Rename = Callable[[str], str | None]
+Tensors = Mapping[str, Tensor]
 
 
-def load_params(
-    path: AnyPath,
-    model: nn.Module,
-    *,
-    rename: Callable[[str], str | None] | None = None,
-    strict: bool = True,
-) -> LoadReport:
+def load_params(path: AnyPath, model: nn.Module, *, rename: Rename | None = None, strict: bool = True) -> LoadReport:
     """Write the parameters and buffers of a file into a module by name, all of them or, with strict=False, some.
 
     Nothing is written before everything is checked. float16, bfloat16, float32 and float64 are converted to the
@@ -62,7 +58,7 @@ def load_params(
     slots = Slots.of(model)
     own = {**slots.params, **slots.buffers}
     _check_writable(slots, own)
-    tensors, report = _matched(path, read_weights(path), own, first_names(model, own), rename)
+    tensors, report = _matched(path, own, first_names(model, own), rename)
     if strict and (report.missing or report.unexpected or report.mismatched):
         raise CheckpointError(
             f"{path}: does not fit {type(model).__name__}, so nothing was written; strict=False would write what "
@@ -76,8 +72,8 @@ def load_params(
     return report
 
 
-def _check_writable(slots: Slots, own: Mapping[str, Tensor]) -> None:
-    """Refuse what a copy would not reach or would stop at half-way."""
+def _check_writable(slots: Slots, own: Tensors) -> None:
+    """Refuse a tensor without memory of its own for every element: a copy into it would fail or be lost."""
     for name, tensor in own.items():
         if nn.parameter.is_lazy(tensor):
             raise ValueError(f"model: {name!r} has no shape yet; run one batch through the module first")
@@ -88,19 +84,13 @@ def _check_writable(slots: Slots, own: Mapping[str, Tensor]) -> None:
     slots.check_memory()
 
 
-def _matched(
-    path: AnyPath,
-    tensors: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
-    first: Mapping[str, str],
-    rename: Rename | None,
-) -> tuple[dict[str, Tensor], LoadReport]:
+def _matched(path: AnyPath, own: Tensors, first: Names, rename: Rename | None) -> tuple[Tensors, LoadReport]:
     """The file's tensors by the module's first names, and what became of every name."""
+    tensors = read_weights(path)
     sources, dropped = _renamed(path, tensors, rename)
     found = _found(path, tensors, sources, first)
-    both = [name for name in own if name in found]
-    misfits = {name: why for name in both if (why := _misfit(found[name], own[name])) is not None}
-    fitting = {name: found[name] for name in both if name not in misfits}
+    misfits = {name: why for name in own if name in found and (why := _misfit(found[name], own[name])) is not None}
+    fitting = {name: found[name] for name in own if name in found and name not in misfits}
     missing = [name for name in own if name not in found]
     unexpected = {renamed: name for renamed, name in sources.items() if renamed not in first}
     return fitting, LoadReport(
@@ -115,7 +105,7 @@ def _matched(
 
 
 def _renamed(path: AnyPath, names: Iterable[str], rename: Rename | None) -> tuple[dict[str, str], list[str]]:
-    """What the file's names are in the module, with the name in the file of each; and the names that are left out."""
+    """Return name in the module -> name in the file, and the names of the file that `rename` leaves out."""
     sources: dict[str, str] = {}
     dropped = []
     for name in names:
@@ -129,10 +119,8 @@ def _renamed(path: AnyPath, names: Iterable[str], rename: Rename | None) -> tupl
     return sources, dropped
 
 
-def _found(
-    path: AnyPath, tensors: Mapping[str, Tensor], sources: Mapping[str, str], first: Mapping[str, str]
-) -> dict[str, Tensor]:
-    """The tensors that the module has too, by its first names; the names of a tied weight must have one value."""
+def _found(path: AnyPath, tensors: Tensors, sources: Names, first: Names) -> Tensors:
+    """The tensors that the module has too, by its first names; all names of a tied weight must have the same value."""
     origins: dict[str, str] = {}  # first name in the module -> name in the file
     for renamed, name in sources.items():
         if renamed not in first:

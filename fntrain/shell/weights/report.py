@@ -13,7 +13,7 @@ _WRAPPERS = {
 
 @attrs.frozen(kw_only=True)
 class Mismatch:
-    """A name that both sides have, with a shape or dtype that does not go into the module's."""
+    """A name that both the file and the module have, and why the file's tensor does not fit the module's."""
 
     name: str
     reason: str
@@ -56,7 +56,7 @@ class LoadReport:
         for kind in ("missing", "unexpected", "mismatched"):
             names = self._lines(kind)
             lines += [f"  {kind:<10}  {name}" for name in names[:most]]
-            if names[most:] and most is not None:
+            if most is not None and len(names) > most:
                 lines.append(f"  {kind:<10}  ... and {len(names) - most} more")
         return "\n".join(lines + ([f"  hint: {self.hint}"] if self.hint else []))
 

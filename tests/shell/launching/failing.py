@@ -1,6 +1,7 @@
 """One of two machines, of two ranks each, on which one job after another fails: python failing.py MACHINE PORT ...
 
-Says as JSON what each launch raised; the broken kind leaves out the list of failures that all machines share.
+There are as many jobs as ports. Says as JSON what each launch raised; the broken kind leaves out the list of failures
+that all machines share.
 """
 
 import json
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 import fntrain as ft
 from fntrain.shell.launching import machines
+from fntrain.shell.launching.local import PRELOAD
 
 JOBS = [(1, "raises"), (2, "is killed"), (3, "raises")]
 
@@ -33,6 +35,7 @@ def unreachable(launcher, store=None):
 
 if __name__ == "__main__":
     machine, *ports = sys.argv[1:]
+    PRELOAD.remove("torch._dynamo")  # nothing is trained here, and its import takes longer than a job
     if "broken" in ports:
         ports.remove("broken")
         machines._Launcher.failures = unreachable

@@ -535,16 +535,16 @@ def test_two_machines_of_two_ranks_are_one_world_and_stop_as_one(tmp_path):
     assert ft.load(ft.latest(tmp_path)).step == 3
 
 
-def law_names_the_first(*broken):
+def law_names_the_first(failing_jobs, *broken):
     """Every launcher names the rank that failed first, with its traceback; what another says of it comes after."""
-    ports = [free_port() for _ in failing.JOBS]
+    ports = [free_port() for _ in failing_jobs]
     with ExitStack() as stack:
         jobs = [stack.enter_context(started("failing.py", machine, *ports, *broken)) for machine in range(2)]
         for job in jobs:
             lines = ended(job)
             raised = [json.loads(line.removeprefix("raised ")) for line in lines if line.startswith("raised ")]
-            assert len(raised) == len(failing.JOBS), lines
-            for (rank, how), message in zip(failing.JOBS, raised, strict=True):
+            assert len(raised) == len(failing_jobs), lines
+            for (rank, how), message in zip(failing_jobs, raised, strict=True):
                 first = rf"failed, 0 restarts done:\nTraceback(.|\n)*\nValueError: of rank {rank}(\n|$)"
                 killed = r"was killed by SIGKILL, 0 restarts done(\n|$)"
                 assert re.match(f"rank {rank} " + (killed if how == "is killed" else first), message), message
@@ -558,13 +558,14 @@ def later(message, rank):
     return lines[1:] if "killed" in lines[0] else lines[lines.index(f"ValueError: of rank {rank}") + 1 :]
 
 
-def test_of_all_machines_the_rank_that_failed_first_is_named_first():
-    """In three jobs of two machines, of which one rank raises or is killed; by the launchers of both."""
-    law_names_the_first()
+@pytest.mark.parametrize("number", [1, pytest.param(len(failing.JOBS), marks=pytest.mark.slow)])
+def test_of_all_machines_the_rank_that_failed_first_is_named_first(number):
+    """In jobs of two machines, of which one rank raises or is killed; by the launchers of both."""
+    law_names_the_first(failing.JOBS[:number])
 
 
 @pytest.mark.slow
 def test_the_law_of_the_first_rank_can_fail():
     """Without the shared list each launcher knows the failures of its own machine only."""
     with pytest.raises(AssertionError):
-        law_names_the_first("broken")
+        law_names_the_first(failing.JOBS[:1], "broken")

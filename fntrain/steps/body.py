@@ -101,12 +101,13 @@ class Body:
 
     def gradients(self, state: TrainState, batch: Batch, rates: Rates) -> Gradients:
         """Run forward and backward, and decide whether to update; nothing but gradients and buffers is written to."""
-        watched = None if self.bound.seen or self.settings.seeds == "all" else other_states()
-        scale = precision.loss_scale(state.extra, self.device) if self.settings.precision == "fp16" else None
-        parts, collected, totals = self._backward(batch, None if scale is None else scale["scale"])
-        if watched is not None:
-            _warn_of_draws(watched, other_states())
-        leaves = self._reduced(totals, None if scale is None else scale["scale"])
+        draws = None if self.bound.seen or self.settings.seeds == "all" else other_states()
+        now = precision.loss_scale(state.extra, self.device) if self.settings.precision == "fp16" else None
+        scale = None if now is None else now["scale"]
+        parts, collected, totals = self._backward(batch, scale)
+        if draws is not None:
+            _warn_of_draws(draws, other_states())
+        leaves = self._reduced(totals, scale)
         metrics = report.metrics(parts, collected, totals, alone=self.exchange.ranks.world_size == 1)
         self.exchange.broadcast_buffers(self.slots)
         norm = decision.norm(self.settings, self.exchange, leaves)
@@ -118,9 +119,9 @@ class Body:
         looked = self.settings.on_nonfinite != "allow" or healthy is False
         report.add_update(metrics, rates.lr, norm, healthy if looked else None)
         changes: dict[str, Any] = {"metrics": metrics}
-        if scale is not None:
-            metrics[report.SCALE] = scale["scale"]
-            changes["extra"] = {**state.extra, precision.LOSS_SCALE: precision.next_loss_scale(scale, healthy)}
+        if now is not None:
+            metrics[report.SCALE] = scale
+            changes["extra"] = {**state.extra, precision.LOSS_SCALE: precision.next_loss_scale(now, healthy)}
         return Gradients(leaves, healthy, changes)
 
     def _backward(self, batch: Batch, scale: Tensor | None) -> tuple[list[Objective], list[Collector], Totals]:
@@ -134,9 +135,10 @@ class Body:
         parts: list[Objective] = []
         collected: list[Collector] = []
         totals: Callable[[], Totals] | None = None
-        device, denominators = self.device, self._denominators(batch)
+        device, weights = self.device, self.settings.weights
+        denominators = None if weights is None else self.exchange.sums(weights(batch), device)
         for (micro_batch, counts), following in pairwise(chain(self._micro_batches(batch), [_LAST])):
-            last = following is _LAST  # known one ahead: gradients of ranks meet in the last backward
+            last = following is _LAST  # read one ahead: ranks add their gradients up in the last backward
             with events.collecting() as collector:
                 output = self._forward(micro_batch, last, device)
             only = last and not parts and self.exchange.ranks.world_size == 1
@@ -152,11 +154,6 @@ class Body:
         if totals is None:
             raise ValueError("split: returned no micro-batch, expected at least one")
         return parts, collected, totals()
-
-    def _denominators(self, batch: Batch) -> Mapping[str, Any] | None:
-        """What `weights` says of the whole batch, over ranks."""
-        weights = self.settings.weights
-        return None if weights is None else self.exchange.sums(weights(batch), self.device)
 
     def _micro_batches(self, batch: Batch) -> Iterable[tuple[Batch, bool]]:
         if self.settings.accumulate == 1:

@@ -53,29 +53,29 @@ class Exchange(Protocol):
     def ranks(self) -> Ranks:
         """Who they are."""
 
-    def sums(self, numbers: Mapping[str, Scalar], device: torch.device) -> Mapping[str, Scalar]:
+    def sums(self, numbers: Mapping[str, Scalar], device: torch.device, /) -> Mapping[str, Scalar]:
         """Add up numbers over ranks, in float64; tensors where the host would have to wait for the device."""
 
     def padded(self, micro_batches: Iterable[Batch]) -> Iterable[tuple[Batch, bool]]:
         """Give the micro-batches, and whether each counts: some run only because other ranks have more of them."""
 
-    def forward(self, model: nn.Module, batch: Batch, last: bool) -> Any:
-        """Run model and loss on a micro-batch; in the backward of the last one gradients meet."""
+    def forward(self, model: nn.Module, batch: Batch, last: bool, /) -> Any:
+        """Run model and loss on a micro-batch; in the backward of the last one gradients are added up over ranks."""
 
-    def totals(self, parts: Sequence[Objective], device: torch.device) -> Callable[[], Totals]:
+    def totals(self, parts: Sequence[Objective], device: torch.device, /) -> Callable[[], Totals]:
         """Begin, before the last backward, to add up what the forwards gave.
 
         What is returned is called after that backward: it puts gradients where they belong, and gives the sums.
         """
 
     def norm(self, norm: Scalar) -> Scalar:
-        """Give the norm of all gradients by that of this rank's."""
+        """Return the norm of all gradients, given that of the gradients which this rank holds."""
 
     def broadcast_buffers(self, slots: Slots) -> None:
         """Give all ranks the buffers of rank 0."""
 
     def reset(self) -> None:
-        """Forget a step that failed, without a word to the other ranks."""
+        """Forget a step that failed, without communication: the other ranks may not have failed."""
 
 
 @attrs.frozen(eq=False)
@@ -85,36 +85,30 @@ class Alone:
     loss_fn: Callable[[nn.Module, Batch], Any]
     ranks: Ranks = ALONE
 
-    def sums(self, numbers: Mapping[str, Scalar], device: torch.device) -> Mapping[str, Scalar]:
-        """They are the sums."""
-        del device
+    def sums(self, numbers: Mapping[str, Scalar], _device: torch.device, /) -> Mapping[str, Scalar]:
+        """Return the numbers as they are."""
         return numbers
 
     def padded(self, micro_batches: Iterable[Batch]) -> Iterable[tuple[Batch, bool]]:
-        """All count."""
+        """Return the micro-batches; all count."""
         return ((one, True) for one in micro_batches)
 
-    def forward(self, model: nn.Module, batch: Batch, last: bool) -> Any:
+    def forward(self, model: nn.Module, batch: Batch, _last: bool, /) -> Any:
         """Run model and loss."""
-        del last
         return self.loss_fn(model, batch)
 
-    def totals(self, parts: Sequence[Objective], device: torch.device) -> Callable[[], Totals]:
+    def totals(self, parts: Sequence[Objective], _device: torch.device, /) -> Callable[[], Totals]:
         """Add up at once; without weights nothing is divided, so that one micro-batch is bitwise the raw loop."""
-        del device
-        if not parts[0].divide:
-            sums = Totals(total(parts, "total"), None, total(parts, "counts"))
-        else:
-            weight = total(parts, "weight")
-            sums = Totals(divided(total(parts, "total"), weight), weight, total(parts, "counts"))
+        loss, weight = total(parts, "total"), total(parts, "weight") if parts[0].divide else None
+        sums = Totals(loss if weight is None else divided(loss, weight), weight, total(parts, "counts"))
         return lambda: sums
 
     def norm(self, norm: Scalar) -> Scalar:
-        """It is the norm."""
+        """Return the norm as it is."""
         return norm
 
     def broadcast_buffers(self, slots: Slots) -> None:
-        """Nobody else has any."""
+        """Do nothing: no other rank has buffers."""
 
     def reset(self) -> None:
-        """Nobody waits."""
+        """Do nothing: no other rank waits."""

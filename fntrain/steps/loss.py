@@ -60,8 +60,6 @@ class Objective:
     def detached(self) -> "Objective":
         """The same values without their graph, for the metrics."""
         total = _copied(self.total)
-        if len(self.terms) == 1:
-            return Objective(dict.fromkeys(self.terms, total), total, self.weight, self.divide, self.counts)
         terms = {name: total if term is self.total else _copied(term) for name, term in self.terms.items()}
         return Objective(terms, total, self.weight, self.divide, self.counts)
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import attrs
 import torch
-from toolz import groupby
+from toolz import groupby, merge
 from torch import Tensor
 
 from fntrain.core import tree
 from fntrain.core.tree import PyTree
 from fntrain.steps.grads import own_layout
 from fntrain.steps.rates import Option, Schedules
-from fntrain.steps.update import BoundOptimizer, OptState, is_low
+from fntrain.steps.update import BoundOptimizer, NewState, OptState, Tensors, is_low
 
 Select = str | Callable[[str, Tensor], bool]
 
@@ -70,7 +70,7 @@ class Optimizer:
     options: dict[str, Any]
     master_weights: bool = False
 
-    def init(self, params: Mapping[str, Tensor]) -> dict[str, dict[str, PyTree]]:
+    def init(self, params: Tensors) -> dict[str, dict[str, PyTree]]:
         """Return the state before the first update: empty for most classes, which create theirs on first use.
 
         Raises:
@@ -79,16 +79,13 @@ class Optimizer:
         if self.master_weights:
             params = {name: param.float() if is_low(param) else param for name, param in params.items()}
         bound = self.bind(params)
-        return {
-            name: tree.clone(dict(bound.template.state[params[name]]))
-            for names in bound.names
-            for name in names
-            if params[name] in bound.template.state
-        }
+        made = bound.template.state
+        mine = {name: made[params[name]] for names in bound.names for name in names if params[name] in made}
+        return {name: tree.clone(dict(kept)) for name, kept in mine.items()}
 
     def update(
-        self, params: Mapping[str, Tensor], grads: Mapping[str, Tensor], opt_state: OptState, *, step: int
-    ) -> tuple[dict[str, Tensor], dict[str, Mapping[str, PyTree]]]:
+        self, params: Tensors, grads: Tensors, opt_state: OptState, *, step: int
+    ) -> tuple[dict[str, Tensor], NewState]:
         """Return new parameters and optimizer state; the arguments stay as they were.
 
         Args:
@@ -118,14 +115,13 @@ class Optimizer:
             leaf.grad = None
         return leaves, new_state
 
-    def bind(self, params: Mapping[str, Tensor]) -> BoundOptimizer:
+    def bind(self, params: Tensors) -> BoundOptimizer:
         """Resolve the groups for these parameters, once; what a step function keeps."""
         chosen = {n: tuple(i for i, one in enumerate(self.groups) if one.picks(n, params[n])) for n in params}
         for index, one in enumerate(self.groups):
             if not any(index in matches for matches in chosen.values()):
-                raise ValueError(
-                    f"groups[{index}]: {one.select!r} selects no parameter; the model has {', '.join(params)}"
-                )
+                all_names = ", ".join(params)
+                raise ValueError(f"groups[{index}]: {one.select!r} selects no parameter; the model has {all_names}")
         frozen = {name for name, matches in chosen.items() if any(self.groups[i].frozen for i in matches)}
         members = groupby(chosen.__getitem__, (name for name in params if name not in frozen))
         if not members:
@@ -139,20 +135,14 @@ class Optimizer:
         tensors = {key for one in template.param_groups for key, value in one.items() if isinstance(value, Tensor)}
         for made, depending in zip(template.param_groups, scheduled, strict=True):
             depending.setdefault("lr", Option(made["lr"]))  # as the class has it: it may have made a tensor of it
+        names, schedules = tuple(map(tuple, members.values())), Schedules(Option(self.lr), tuple(scheduled))
         return BoundOptimizer(
-            template,
-            tuple(map(tuple, members.values())),
-            Schedules(Option(self.lr), tuple(scheduled)),
-            frozenset(frozen),
-            tuple(sorted(tensors)),
-            self.master_weights,
+            template, names, schedules, frozenset(frozen), tuple(sorted(tensors)), self.master_weights
         )
 
     def _options(self, matches: Sequence[int]) -> dict[str, Any]:
-        merged = {"lr": self.lr, **self.options}
-        for index in matches:
-            merged |= self.groups[index].options
-        return merged
+        own = [self.groups[index].options for index in matches]
+        return merge({"lr": self.lr}, self.options, *own)
 
     def _scheduled(self, matches: Sequence[int]) -> dict[str, Option]:
         """The options of a group that depend on the step, and a learning rate with a factor."""

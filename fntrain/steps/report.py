@@ -63,9 +63,7 @@ def add_update(metrics: dict[str, Any], lr: Any, norm: Any, healthy: bool | Tens
 
 def _check_names(metrics: dict[str, Any], terms: dict[str, Tensor]) -> None:
     """Refuse names that the step itself uses; a single term may be called "loss", as it is the loss."""
-    if metrics or len(terms) > 1:
-        taken = (_RESERVED | terms.keys()) & metrics.keys() | (_RESERVED - {"loss"}) & terms.keys()
-        if taken:
-            raise ValueError(
-                f"metrics: {sorted(taken)} are reported by the step or the loss; rename put_scalar or term"
-            )
+    if not metrics and len(terms) == 1:
+        return
+    if taken := (_RESERVED | terms.keys()) & metrics.keys() | (_RESERVED - {"loss"}) & terms.keys():
+        raise ValueError(f"metrics: {sorted(taken)} are reported by the step or the loss; rename put_scalar or term")

@@ -21,6 +21,8 @@ from fntrain.events import Histogram, Image
 from fntrain.shell.steps.device import Engine
 from fntrain.shell.steps.kernels import FusedAdam
 from fntrain.shell.steps.memory import Memory
+from fntrain.shell.steps.writing import Writing
+from fntrain.steps import containers
 from fntrain.steps.batch import Batch, map_batch
 from fntrain.steps.body import Gradients
 from fntrain.steps.precision import LOSS_SCALE, loss_scale
@@ -78,17 +80,14 @@ class Captured:
     def replay(self, memory: Memory, state: TrainState, batch: Batch) -> dict[str, Any]:
         """Run the graph on a state that is the memory's own, and a batch like the captured one.
 
-        Leases end before the graph runs: it writes without telling anybody.
+        Leases end before the graph runs: while it runs, nothing can end them at its first write.
         """
         rates = memory.body.rates(state)
         self.inputs.fill(state, batch, rates)
         memory.body.seed(state)
-        if self.fused is not None:
-            memory.end_leases(state, *FIELDS)
-            self.run()
-        else:
-            memory.end_leases(state, "buffers")
-            self.run()
+        memory.end_leases(state, *(FIELDS if self.fused is not None else ("buffers",)))
+        self.run()
+        if self.fused is None:
             self._update(memory, state, rates)
         return self._changes(state, rates)
 
@@ -124,8 +123,7 @@ class _Recording:
     """What is called while a graph is captured: one step that reads the graph's inputs and changes no state."""
 
     def __init__(self, memory: Memory, state: TrainState, batch: Batch, device: torch.device) -> None:
-        static: list[Tensor] = []
-        self.batch = map_batch(lambda tensor: static.append(tensor.clone()) or static[-1], batch)  # type: ignore[func-returns-value]
+        self.batch = map_batch(torch.clone, batch)
         scale: dict[str, Tensor] = {}
         if memory.body.settings.precision == "fp16":
             scale = tree.clone(loss_scale(state.extra, device))
@@ -135,7 +133,8 @@ class _Recording:
         self.moves = memory.moves
         self.fused = memory.fused if memory.fused is not None and memory.fused.only_lr else None
         lrs = [now["lr"] for now in self.rates.groups] if self.fused is not None else []
-        self.inputs = Inputs(static, scale, [torch.full((), lr, dtype=torch.float32, device=device) for lr in lrs])
+        on_device = [torch.full((), lr, dtype=torch.float32, device=device) for lr in lrs]
+        self.inputs = Inputs(_tensors(self.batch), scale, on_device)
         self.grads: dict[str, Tensor] = {}
         self.error: BaseException | None = None  # the first one: that of the capture hides it
         self.drawn = _host_draws(device)
@@ -148,7 +147,7 @@ class _Recording:
                 self.error = error
                 raise
 
-    def _step(self, writing: Any) -> Gradients:
+    def _step(self, writing: Writing) -> Gradients:
         memory = self.memory
         work = memory.body.gradients(self.state, self.batch, self.rates)
         if work.healthy is False:
@@ -188,9 +187,7 @@ def _host_draws(device: torch.device) -> Any:
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
-    tensors: list[Tensor] = []
-    map_batch(lambda tensor: tensors.append(tensor) or tensor, batch)  # type: ignore[func-returns-value]
-    return tensors
+    return [leaf for leaf in containers.leaves(batch) if isinstance(leaf, Tensor)]
 
 
 def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -201,6 +198,4 @@ def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 def _copied(value: Any) -> Any:
     """Media of the step in memory of their own; tensors are copied together elsewhere."""
-    if isinstance(value, Image):
-        return Image(value.tensor.clone())
-    return Histogram(value.tensor.clone()) if isinstance(value, Histogram) else value
+    return type(value)(value.tensor.clone()) if isinstance(value, Image | Histogram) else value

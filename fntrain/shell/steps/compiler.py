@@ -1,6 +1,7 @@
 """Compiling a traced step by AOTInductor, and keeping the program on disk for the next start."""
 
 import hashlib
+import logging
 import os
 import platform
 import tempfile
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch.fx import GraphModule
 
 Run = Callable[[list[Tensor]], list[Tensor]]
+_log = logging.getLogger("fntrain")
 _OPTIONS = {"aot_inductor.package": True, "fallback_random": True}  # eager's kernels draw: the same bits
 
 
@@ -38,7 +40,7 @@ def compiled(graph: "GraphModule", inputs: list[Tensor], directory: Path | None)
             return _load(file), True
         except RuntimeError as error:
             text = str(error).partition("\n")[0]
-            warnings.warn(f"compile_step: {file} is damaged ({text}); it is compiled anew", stacklevel=5)
+            _log.warning("compile_step: %s is damaged (%s); it is compiled anew", file, text)
             file.unlink(missing_ok=True)
     directory.mkdir(parents=True, exist_ok=True)
     return _load(_compile(graph, inputs, directory, name)), False

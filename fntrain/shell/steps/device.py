@@ -1,7 +1,7 @@
 """One NVIDIA GPU: its streams, its graphs, and how batches come to it."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ def checked_device(device: str | torch.device) -> torch.device:
 
     Raises:
       ValueError: it is of another kind.
-      RuntimeError: this machine has it not.
+      RuntimeError: this machine does not have it.
     """
     wanted = torch.device(device)
     if wanted.type != "cuda":
@@ -36,7 +36,7 @@ class Engine(Protocol):
     device: torch.device
 
     def side_stream(self) -> AbstractContextManager[Any]:
-        """Run on the stream on which graphs are captured, after what was queued before and before what comes after."""
+        """Run a block on the stream on which graphs are captured, in order with what is queued before and after it."""
 
     def capture(self, fn: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """Record what `fn` queues, without running it; returns what runs it, and fn's result in its static memory."""
@@ -54,13 +54,20 @@ class CudaEngine:
         self.copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()
 
-    def side_stream(self) -> "_SideStream":
-        return _SideStream(self.side)
+    @contextmanager
+    def side_stream(self) -> Iterator[None]:
+        main = torch.cuda.current_stream(self.device)
+        self.side.wait_stream(main)
+        try:
+            with torch.cuda.stream(self.side):
+                yield
+        finally:
+            main.wait_stream(self.side)
 
     def capture(self, fn: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         graph, main = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
-            # thread_local: what a loader's thread does meanwhile (pinning memory) is no concern of the capture.
+            # thread_local: a loader's thread that pins memory meanwhile must not make the capture fail.
             with torch.cuda.graph(graph, pool=self.pool, stream=self.side, capture_error_mode="thread_local"):
                 result = fn()
         except BaseException:
@@ -102,19 +109,3 @@ class CudaEngine:
         if channels_last:  # what was on the device already
             batch = map_batch(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t, batch)
         return batch
-
-
-class _SideStream:
-    """Run on another stream, ordered with what the current one does before and after."""
-
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self.stream = stream
-        self.context = torch.cuda.stream(stream)
-
-    def __enter__(self) -> None:
-        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        self.context.__enter__()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *error: Any) -> None:
-        self.context.__exit__(*error)
-        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)

@@ -4,6 +4,7 @@ A graph is captured once for each shape of batch, after a few real steps have wa
 """
 
 import logging
+import warnings
 from collections.abc import Hashable, Mapping
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from fntrain.core.check import whole
+from fntrain.core.check import one_of, whole
 from fntrain.core.errors import GraphError
 from fntrain.core.state import TrainState
 from fntrain.shell.steps.captured import Captured
@@ -50,8 +51,8 @@ def cuda_step(
     Args:
       step_fn: from `ft.supervised_step`.
       device: which GPU.
-      graph: "auto" captures each shape of batch after 3 eager steps and says in the log, once for each reason, where it
-        goes on eagerly; "always" raises there instead; "never" runs eagerly.
+      graph: "auto" captures each shape of batch after 3 eager steps; where that can't be it goes on eagerly and warns,
+        once for each reason; "always" raises there instead; "never" runs eagerly.
       compile: run model and loss through torch.compile; its kernels are captured too.
       channels_last: keep weights and batches of 4 dimensions in that layout, faster for convolutions in half precision.
       max_graphs: how many shapes are captured; further ones run eagerly. Graphs share one memory pool.
@@ -68,8 +69,7 @@ def cuda_step(
 
     Source: torch.cuda.graphs; Ng et al. 2021, "Accelerating PyTorch with CUDA Graphs"
     """
-    if graph not in ("auto", "always", "never"):
-        raise ValueError(f"graph: got {graph!r}, expected 'auto', 'always' or 'never'")
+    one_of("graph", graph, ("auto", "always", "never"))
     whole("max_graphs", max_graphs, 1)
     check_step(step_fn)
     engine = CudaEngine(checked_device(device))
@@ -110,15 +110,14 @@ class Graphs:
         if key in self.refused:
             return self._eagerly(memory, state, batch, self.refused[key])
         self._drop_stale(memory)
-        if key in self.graphs:
-            return self.graphs[key].replay(memory, state, batch)
-        if len(self.warm.get(key, ())) < WARMUP or not memory.updated:
-            return self._warm_up(key, memory, state, batch)
-        try:
-            self.graphs[key] = self._capture(memory, state, batch, self.warm[key])
-        except GraphError as error:
-            self.refused[key] = str(error)
-            return self._eagerly(memory, state, batch, str(error))
+        if key not in self.graphs:
+            if len(self.warm.get(key, ())) < WARMUP or not memory.updated:
+                return self._warm_up(key, memory, state, batch)
+            try:
+                self.graphs[key] = self._capture(memory, state, batch, self.warm[key])
+            except GraphError as error:
+                self.refused[key] = str(error)
+                return self._eagerly(memory, state, batch, str(error))
         return self.graphs[key].replay(memory, state, batch)
 
     def _drop_stale(self, memory: Memory) -> None:
@@ -140,7 +139,7 @@ class Graphs:
             raise GraphError(f"step {state.step + 1}: {reason}; graph='auto' goes on eagerly where this happens")
         if reason not in self.warned:
             self.warned.add(reason)
-            _log.warning("cuda_step: goes on eagerly at step %d: %s", state.step + 1, reason)
+            warnings.warn(f"cuda_step: goes on eagerly at step {state.step + 1}: {reason}", stacklevel=4)
         return run(memory, state, batch)
 
     def _too_many(self) -> str:
@@ -165,10 +164,6 @@ class Graphs:
 
 def _numbers(metrics: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """What the host computed of a step's metrics: a graph would repeat it."""
-    found = {}
-    for name, value in metrics.items():
-        if isinstance(value, Tensor) and value.device != device and value.is_cpu and value.numel() == 1:
-            found[name] = value.item()
-        elif isinstance(value, int | float) and name != LR:
-            found[name] = value
-    return found
+    tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+    on_host = {n: t.item() for n, t in tensors.items() if t.device != device and t.is_cpu and t.numel() == 1}
+    return on_host | {n: value for n, value in metrics.items() if isinstance(value, int | float) and n != LR}

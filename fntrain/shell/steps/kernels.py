@@ -18,6 +18,7 @@ from fntrain.steps.update import BoundOptimizer
 
 _CLASSES = (torch.optim.Adam, torch.optim.AdamW)
 _MEMORY = {"step", "exp_avg", "exp_avg_sq"}
+_OPTIONS = ("lr", "betas", "weight_decay", "eps", "amsgrad", "maximize")
 
 
 @attrs.frozen(eq=False)
@@ -40,17 +41,18 @@ class FusedAdam:
             memory = _MEMORY | ({"max_exp_avg_sq"} if group["amsgrad"] else set())
             kept = [opt_state.get(name, {}) for name in names]
             kinds = {(params[name].dtype, params[name].device) for name in names}
-            if not group["fused"] or len(kinds) > 1 or any(one.keys() != memory for one in kept):
+            known = group["fused"] and len(kinds) == 1 and depending.keys() <= set(_OPTIONS)
+            if not known or any(one.keys() != memory for one in kept):
                 return None
             lists = [[one[key] for one in kept if key in one] for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")]
             counts = torch.stack([one["step"] for one in kept])  # counted in one operation, seen one by one
             for one, count in zip(kept, counts.unbind(), strict=True):
                 one["step"] = count
-            options = {key: group[key] for key in ("lr", "betas", "weight_decay", "eps", "amsgrad", "maximize")}
+            options = {key: group[key] for key in _OPTIONS}
             lists = [*lists, [one["step"] for one in kept]]
+            leaves = [params[name] for name in names]
             counted = None if stalls(counts) else counts.numpy()
             kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
-            leaves = [params[name] for name in names]
             groups.append(_Group(kernel, names, leaves, lists, counts, counted, options, frozenset(depending)))
         return cls(groups, frozenset(name for names in bound.names for name in names))
 
@@ -67,24 +69,14 @@ class FusedAdam:
         """Update in place by the gradients of the leaves; where `found_inf` is 1 everything stays as it was."""
         for group, depending in zip(self.groups, rates.groups, strict=True):
             now = group.options | depending
+            beta1, beta2 = now.pop("betas")
+            grads = [leaves[name].grad for name in group.names]
             if group.counted is None:
                 group.counts.add_(1)
             else:
                 group.counted += 1
-            group.kernel(
-                group.params,
-                [leaves[name].grad for name in group.names],
-                *group.memory,
-                amsgrad=now["amsgrad"],
-                lr=now["lr"],
-                beta1=now["betas"][0],
-                beta2=now["betas"][1],
-                weight_decay=now["weight_decay"],
-                eps=now["eps"],
-                maximize=now["maximize"],
-                grad_scale=None,
-                found_inf=found_inf,
-            )
+            now |= {"beta1": beta1, "beta2": beta2, "grad_scale": None, "found_inf": found_inf}
+            group.kernel(group.params, grads, *group.memory, **now)
             if found_inf is not None:
                 group.counts.sub_(found_inf)
 
@@ -98,6 +90,6 @@ class _Group:
     params: list[Tensor]
     memory: list[list[Tensor]]  # first and second moment, largest second moment or nothing, steps
     counts: Tensor  # the steps, which are views of it
-    counted: Any  # the same memory as an array: counting there spares an operation of torch
+    counted: Any  # the same memory as a NumPy array, to count without an operation of torch; None on a GPU
     options: dict[str, Any]
     scheduled: frozenset[str]  # options that depend on the step, and the learning rate

@@ -133,12 +133,12 @@ class Programs:
         rates = memory.body.rates(state)
         self.vector.write(rates)
         memory.body.seed(state)
-        looked_at = traced.healthy if self.settings.on_nonfinite == "raise" else None
-        if looked_at is None:
+        looks = traced.decides and self.settings.on_nonfinite == "raise"
+        if not looks:
             memory.end_leases(state, *FIELDS)
         results = program.run([self.vector.tensor, *self._leaves, *inputs, *traced.constants])
-        if looked_at is not None:
-            if not results[looked_at].item():
+        if looks:
+            if not results[-1].item():
                 return run(memory, state, batch)  # the state is as it was; this finds the names, and raises
             memory.end_leases(state, *FIELDS)
         return {"metrics": {**traced.reported(results), LR: rates.lr}}
@@ -158,7 +158,7 @@ class Programs:
     ) -> Program | None:
         """Trace, then load or compile; None where this call has to run eagerly."""
         if self.num_compiled + self.num_loaded >= self.max_programs:
-            self._warn_once_of_many(inputs)
+            self._warn_of_many(inputs)
             return None
         if self.settings.precision in ("fp16", "tf32"):
             raise Untraceable(
@@ -203,7 +203,7 @@ class Programs:
         )
         return changes
 
-    def _warn_once_of_many(self, inputs: list[Tensor]) -> None:
+    def _warn_of_many(self, inputs: list[Tensor]) -> None:
         if not self._full:
             self._full = True
             self._warn(

@@ -17,44 +17,41 @@ from torch.overrides import TorchFunctionMode
 
 from fntrain import events
 from fntrain.core import tree
+from fntrain.core.lease import FIELDS
 from fntrain.core.rng import other_states, preserved_generators
 from fntrain.core.state import TrainState
 from fntrain.shell.steps.flat import RateVector, Unsettled, Untraceable, filler, traceable
 from fntrain.shell.steps.numbers import DECOMPOSED, TensorsForNumbers
 from fntrain.steps.batch import Batch
 from fntrain.steps.body import Body
-from fntrain.steps.module import Slots
+from fntrain.steps.module import Slots, storages
 from fntrain.steps.rates import Rates
 
 _NO_STATE = TrainState(step=0, position=0, seed=0, params={})  # a traced step reads nothing of it
 _ABSENT = object()
-_INNER = re.compile(
-    r"[\\/]torch[\\/](?!optim)|[\\/]fntrain[\\/](shell|steps)[\\/]"
-)  # frames that tell a reader nothing
+# Frames of torch and of this package, which tell a reader nothing about his loss.
+_INNER = re.compile(r"[\\/]torch[\\/](?!optim)|[\\/]fntrain[\\/](shell|steps)[\\/]")
 
 
 @attrs.frozen(eq=False)
 class Traced:
     """A step as a graph of flat tensors, and what its results are.
 
-    The new leaves are written over the old ones. The results are what the step reports: `metrics` are in order, those
-    that are numbers with their value; `tensors` and `media` say where the others are.
+    The new leaves are written over the old ones. The results are the tensors that the step reports, then whether it
+    is healthy, if that is a tensor.
     """
 
     graph: GraphModule
     constants: list[Tensor]  # what the step closes over, the last inputs
-    metrics: dict[str, Any]
-    tensors: list[tuple[str, int]]
-    media: list[tuple[str, int, type]]
-    healthy: int | None
+    metrics: dict[str, Any]  # in order; numbers with their value, None where a tensor is among the results
+    kinds: dict[str, type]  # of the metrics that are among the results, in their order
+    decides: bool  # whether the last result says that the step is healthy
 
     def reported(self, results: list[Tensor]) -> dict[str, Any]:
         """Return the metrics of a step by the results of its program."""
         metrics = self.metrics.copy()
-        for name, index in self.tensors:
-            metrics[name] = results[index]
-        for name, index, kind in self.media:
-            metrics[name] = kind(results[index])
+        for (name, kind), result in zip(self.kinds.items(), results, strict=False):
+            metrics[name] = result if kind is Tensor else kind(result)
         return metrics
 
 
@@ -86,7 +83,7 @@ def trace(body: Body, rates: RateVector, trees: tuple[Any, ...], batch: Batch, f
 def _step(
     body: Body, rates: Rates, vector: Tensor, trees: list[Any], batch: Batch
 ) -> tuple[list[Tensor], dict[str, Any]]:
-    """One step on traced tensors, without a decision on the host: its results, and what `Traced` says of them."""
+    """One step on traced tensors, without a decision on the host: its results, and the fields of `Traced` about them."""
     params = {
         name: nn.Parameter(trees[0][name].clone(), param.requires_grad and name not in body.bound.frozen)
         for name, param in body.slots.params.items()
@@ -104,36 +101,23 @@ def _step(
 
 
 def _results(metrics: dict[str, Any], healthy: bool | Tensor, vector: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
-    """The tensors that a step reports, each once, and where each metric is among them."""
-    outputs = _Outputs()
+    """The results of a step, and the fields of `Traced` about them."""
+    reported = {name: one for name, one in metrics.items() if isinstance(one, Tensor | events.Image | events.Histogram)}
     # Inductor takes copies for needless, even of what is written over: a report on a parameter would show the new one.
     true = vector[0] == vector[0]
-    reported = {
-        name: torch.where(true, value, torch.zeros_like(value)) if isinstance(value, Tensor) else value
-        for name, value in metrics.items()
-    }
-    notes = {
-        "metrics": {name: None if _holds_tensor(value) else value for name, value in reported.items()},
-        "tensors": [(name, outputs.index(one)) for name, one in reported.items() if isinstance(one, Tensor)],
-        "media": [
-            (name, outputs.index(one.tensor), type(one))
-            for name, one in reported.items()
-            if isinstance(one, events.Image | events.Histogram)
-        ],
-        "healthy": outputs.index(healthy) if isinstance(healthy, Tensor) else None,
-    }
-    return outputs.tensors, notes
-
-
-def _holds_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor | events.Image | events.Histogram)
+    results = [
+        torch.where(true, one, torch.zeros_like(one)) if isinstance(one, Tensor) else one.tensor
+        for one in reported.values()
+    ]
+    decision = [healthy] if isinstance(healthy, Tensor) else []
+    kinds = {name: Tensor if isinstance(one, Tensor) else type(one) for name, one in reported.items()}
+    numbers = {name: None if name in reported else value for name, value in metrics.items()}
+    return results + decision, {"metrics": numbers, "kinds": kinds, "decides": bool(decision)}
 
 
 def _write(old: list[Any], new: tuple[Any, ...], healthy: bool | Tensor, idle: set[str]) -> None:
     """Write the new value of every tensor of the state over the old one, where the step is healthy."""
-    kinds = ("params", "buffers", "opt_state")
-    before = dict(tree.named_leaves(dict(zip(kinds, old, strict=True))))
-    after = dict(tree.named_leaves(dict(zip(kinds, new, strict=True))))
+    before, after = [dict(tree.named_leaves(dict(zip(FIELDS, trees, strict=True)))) for trees in (old, new)]
     if before.keys() != after.keys():
         raise Unsettled
     stay = {f"params.{name}" for name in idle} if healthy is not False else before.keys()
@@ -150,20 +134,6 @@ def _write(old: list[Any], new: tuple[Any, ...], healthy: bool | Tensor, idle: s
             written.append((was, torch.where(healthy, value, was) if isinstance(healthy, Tensor) else value))
     for was, value in written:  # last: until here everything reads the old ones
         was.copy_(value)
-
-
-class _Outputs:
-    """The results of a graph, each once."""
-
-    def __init__(self) -> None:
-        self.tensors: list[Tensor] = []
-
-    def index(self, tensor: Tensor) -> int:
-        for index, known in enumerate(self.tensors):
-            if known is tensor:
-                return index
-        self.tensors.append(tensor)
-        return len(self.tensors) - 1
 
 
 def _place(body: Body, params: dict[str, nn.Parameter], buffers: dict[str, Tensor]) -> None:
@@ -193,9 +163,7 @@ def _assigned(slots: Slots, lent: dict[str, Tensor]) -> dict[str, Tensor]:
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Put back every slot and attribute of the module's parts, whatever a traced forward left in them."""
-    before = [
-        (module, dict(module.__dict__), dict(module._parameters), dict(module._buffers)) for module in model.modules()
-    ]
+    before = [(one, dict(one.__dict__), dict(one._parameters), dict(one._buffers)) for one in model.modules()]
     try:
         yield
         changed = [
@@ -220,7 +188,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _compiling() -> Iterator[None]:
-    """Say to torch's optimizers, and to `fntrain.steps.grads`, that no value may be read on the host."""
+    """Let torch's optimizers, and `fntrain.steps.grads`, take it that no value can be read on the host."""
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True
     try:
@@ -244,7 +212,7 @@ class _RefuseWrites(TorchFunctionMode):
 
 @contextmanager
 def _rng_states_read() -> Iterator[list[bool]]:
-    """Notes whether the state of torch's generator is asked for."""
+    """Give a list that is empty until somebody asks for the state of torch's generator."""
     read: list[bool] = []
     original = torch.get_rng_state
 
@@ -265,7 +233,7 @@ def _draws(node: Any) -> bool:
 
 def _lift_constants(graph: GraphModule, slots: Slots) -> list[Tensor]:
     """Make what the graph holds inputs of it, so that tensors changed in place outside are read anew."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*slots.params.values(), *slots.buffers.values())}
+    own = storages([slots.params, slots.buffers])
     constants: dict[str, Tensor] = {}
     nodes: dict[str, Any] = {}
     first = next(node for node in graph.graph.nodes if node.op != "placeholder")
@@ -290,7 +258,7 @@ def _lift_constants(graph: GraphModule, slots: Slots) -> list[Tensor]:
 
 
 def reason(error: Exception) -> str:
-    """Why a trace failed, in a clause."""
+    """Return why a trace failed, as a clause."""
     if isinstance(error, GuardOnDataDependentSymNode | DataDependentOutputException):
         every = traceback.extract_tb(error.__traceback__)
         frames = [frame for frame in every if not _INNER.search(frame.filename)] or every

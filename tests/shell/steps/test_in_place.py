@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import pickle
+import warnings
 import weakref
 from functools import partial
 
@@ -22,6 +23,8 @@ from fntrain.core.ranks import ALONE
 from fntrain.shell.steps.kernels import FusedAdam
 from fntrain.testing import assert_resume_exact, assert_states_equal
 
+# Many tests let a device decide about optimizers that count on the host; one test looks at the warning itself.
+pytestmark = pytest.mark.filterwarnings("ignore:in_place. waits for the device at every step")
 O = torch.optim  # noqa: E741  # rows of a table
 ADAMW = ft.optimizer(O.AdamW, lr=ft.schedules.linear(0.1, 0.01, total_steps=5), fused=True)
 SGD = ft.optimizer(O.SGD, lr=0.1, momentum=0.9, fused=True)
@@ -249,6 +252,22 @@ def test_parameters_that_sometimes_get_no_gradient(device_decides, monkeypatch):
     data = [batch.abs() * sign for batch, sign in zip(poisoned("mlp", 7, 4), [-1, -1, 1, -1, 1, 1, -1], strict=True)]
     for name in ("adamw_fused", "adamw_amsgrad", "momentum", "adagrad", "nadam", "assigns_data"):
         law(lambda: make("mlp"), optimizer_of(name), data, loss_fn)
+
+
+def test_an_optimizer_that_counts_on_the_host_makes_it_wait_and_this_is_warned_of_once(monkeypatch):
+    """The warning names the class and what to do, where the step is called; a fused class does not wait."""
+    monkeypatch.setattr(ft.steps.grads, "stalls", lambda tensor: True)
+    monkeypatch.setattr("fntrain.shell.steps.memory.can_choose", lambda *trees: False)  # counters are elsewhere
+    for options, expected in [({}, [__file__]), ({"fused": True}, [])]:
+        model, adam = make("mlp"), ft.optimizer(O.AdamW, lr=0.1, **options)
+        step_fn = ft.shell.in_place(ft.supervised_step(model, square_loss, adam))
+        state = ft.init_state(model, adam)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            for batch in batches("mlp", 4):
+                state = step_fn(state, batch)
+        assert [one.filename for one in warned] == expected
+        assert all("because AdamW keeps counters on the host; give it fused=True" in str(one.message) for one in warned)
 
 
 def test_a_class_that_is_fused_by_its_group_only(monkeypatch):

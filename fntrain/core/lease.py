@@ -19,7 +19,7 @@ FIELDS = ("params", "buffers", "opt_state")
 
 
 class Lease:
-    """What several mappings share; `ended` says by what their memory was written, None while it was not."""
+    """What several mappings share; `ended` names what wrote to their memory, None while nothing did."""
 
     ended: str | None = None
 
@@ -72,7 +72,7 @@ class Home:
     def end(self, reason: str, *fields: str, written: Collection[nn.Parameter] | None = None) -> None:
         """Declare these fields of all states that share the memory consumed, and begin new leases.
 
-        A neighbour's states are spared if none of its parameters is `written`; optimizer state is never shared.
+        States of a neighbour stay valid if none of its parameters is `written`; optimizer state is never shared.
         """
         homes = [self]
         if self.neighbours:

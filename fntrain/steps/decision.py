@@ -1,10 +1,12 @@
 """Whether a step updates: decided once, from the reduced gradients and the loss, before the optimizer's first write.
 
-On the CPU the host decides; on a GPU the decision stays on the device, as a 0-d tensor of bool that nobody waits for.
+On the CPU the host decides. On a GPU the decision stays on the device, as a 0-d tensor of bool: the host updates
+without waiting for it, and the device chooses between the values before and after the update.
 """
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,3 +57,40 @@ def clip(settings: Settings, leaves: Mapping[str, Tensor], norm: float | Tensor 
         grads.clip_by_norm_(grads.of(leaves), norm, settings.clip_grad_norm)
     if settings.clip_grad_value is not None:
         grads.clip_by_value_(grads.of(leaves), settings.clip_grad_value)
+
+
+def can_choose(new: Any, old: Any, device: torch.device) -> bool:
+    """Whether a device can choose between two trees: of the same structure, all tensors, and all on that device.
+
+    Example:
+      >>> cpu = torch.device("cpu")
+      >>> can_choose({"w": torch.ones(2)}, {"w": torch.zeros(2)}, cpu), can_choose({"n": 1}, {"n": 1}, cpu)
+      (True, False)
+    """
+    if isinstance(new, Tensor):
+        return isinstance(old, Tensor) and new.device == device and (new.shape, new.dtype) == (old.shape, old.dtype)
+    if isinstance(new, Mapping):
+        both = isinstance(old, Mapping) and new.keys() == old.keys()
+        return both and all(can_choose(value, old[key], device) for key, value in new.items())
+    return False
+
+
+def choose(healthy: Tensor, new: Any, old: Any) -> Any:
+    """Return the new tree where `healthy` (a 0-d tensor of bool) is true, and the old one where it is not.
+
+    Where the device can't choose, the host waits for it, and one of the two trees is returned as it is: an update may
+    have created state, or the optimizer keeps counters on the host.
+
+    Example:
+      >>> choose(torch.tensor(False), {"w": torch.ones(2)}, {"w": torch.zeros(2)})
+      {'w': tensor([0., 0.])}
+    """
+    if can_choose(new, old, healthy.device):
+        return _chosen(healthy, new, old)
+    return new if bool(healthy) else old
+
+
+def _chosen(healthy: Tensor, new: Any, old: Any) -> Any:
+    if isinstance(new, Tensor):
+        return torch.where(healthy, new, old)
+    return {key: _chosen(healthy, value, old[key]) for key, value in new.items()}

@@ -16,7 +16,7 @@ from torch.autograd.graph import _engine_run_backward
 
 
 def backward(loss: Tensor) -> None:
-    """Add the gradients of a scalar loss to the leaves' `.grad`: `loss.backward()`, less 12 us of checks.
+    """Add the gradients of a scalar loss to the leaves' `.grad`: `loss.backward()` without 12 us of checks.
 
     Example:
       >>> weight = torch.ones(2, requires_grad=True)
@@ -24,7 +24,7 @@ def backward(loss: Tensor) -> None:
       >>> weight.grad
       tensor([1., 1.])
     """
-    if type(loss) is not Tensor:  # a subclass, such as those that trace, has its own ways
+    if type(loss) is not Tensor:  # a subclass, such as the one of a traced step, has a backward of its own
         loss.backward()  # type: ignore[no-untyped-call]
         return
     one = _one(loss.dtype, loss.device)
@@ -69,7 +69,7 @@ def clip_by_norm_(grads: list[Tensor], norm: float | Tensor, max_norm: float) ->
 
 
 def stalls(tensor: Tensor) -> bool:
-    """Whether reading a value makes the host wait for a device; one that is being traced can not be read at all."""
+    """Tell whether reading a value makes the host wait for a device; a value that is traced can't be read at all."""
     return tensor.device.type != "cpu" or torch.compiler.is_compiling()
 
 

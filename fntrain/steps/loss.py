@@ -71,12 +71,12 @@ def objective(output: Any, batch: Batch, *, alone: bool, denominators: Mapping[s
       output: the loss function's result.
       batch: the micro-batch.
       alone: whether it is the only micro-batch of the step.
-      denominators: what `weights(batch)` said of the whole batch, if the step has `weights`.
+      denominators: what `weights(batch)` returned for the whole batch, if the step has `weights`.
     Raises:
       TypeError, ValueError: not a scalar tensor with a gradient, a dict of them, or `weighted`.
     """
     if alone and denominators is None and isinstance(output, Tensor) and output.dim() == 0 and output.requires_grad:
-        return Objective({"loss": output}, output, 1.0, False, 1)  # what most losses are: no detour
+        return Objective({"loss": output}, output, 1.0, False, 1)  # the usual case
     if denominators is not None:
         terms = _over(_terms(output), denominators)
         weight = 1.0 if alone else num_samples(batch)

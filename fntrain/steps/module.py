@@ -288,7 +288,7 @@ class Lent:
 
 
 def _plain(name: str) -> str:
-    """The name without what torch.compile puts in front, so that checkpoints load anywhere."""
+    """The name without the prefix of torch.compile, so that checkpoints load into plain modules too."""
     return name.replace("_orig_mod.", "")
 
 

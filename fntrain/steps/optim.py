@@ -1,7 +1,7 @@
 """Any torch.optim.Optimizer class as a pair of pure functions, `init` and `update`, on tensors by name."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
@@ -12,6 +12,7 @@ from toolz import groupby, merge
 from torch import Tensor
 
 from fntrain.core import tree
+from fntrain.core.check import function
 from fntrain.core.tree import PyTree
 from fntrain.steps.grads import own_layout
 from fntrain.steps.rates import Option, Schedules
@@ -36,8 +37,8 @@ class Group:
 
     def __repr__(self) -> str:
         select = getattr(self.select, "__qualname__", repr(self.select))
-        given = {"frozen": self.frozen} if self.frozen else {}
-        given |= ({"lr_scale": self.lr_scale} if self.lr_scale != 1.0 else {}) | self.options
+        usual = {"frozen": False, "lr_scale": 1.0}
+        given = {key: getattr(self, key) for key in usual if getattr(self, key) != usual[key]} | self.options
         return f"group({', '.join([select, *(f'{key}={value!r}' for key, value in given.items())])})"
 
 
@@ -55,8 +56,8 @@ def group(select: Select, *, frozen: bool = False, lr_scale: float = 1.0, **opti
       >>> group("*.bias", weight_decay=0.0)
       group('*.bias', weight_decay=0.0)
     """
-    if not (isinstance(select, str) or callable(select)):
-        raise TypeError(f"select: got {type(select).__name__}, expected a name pattern or a predicate (name, tensor)")
+    if not isinstance(select, str):
+        function("select", select, "a name pattern or a predicate (name, tensor)")
     return Group(select, frozen, float(lr_scale), options)
 
 
@@ -141,8 +142,10 @@ class Optimizer:
         )
 
     def _options(self, matches: Sequence[int]) -> dict[str, Any]:
-        own = [self.groups[index].options for index in matches]
-        return merge({"lr": self.lr}, self.options, *own)
+        options: dict[str, Any] = merge(
+            {"lr": self.lr}, self.options, *(self.groups[index].options for index in matches)
+        )
+        return options
 
     def _scheduled(self, matches: Sequence[int]) -> dict[str, Option]:
         """The options of a group that depend on the step, and a learning rate with a factor."""

@@ -16,7 +16,7 @@ LOSS_SCALE = "loss_scale"  # its place in `state.extra`
 INITIAL_SCALE = 2.0**16
 GROWTH_INTERVAL = 2000  # steps without overflow after which the scale is doubled
 _SMALLEST, _LARGEST = 2.0**-16, 2.0**24
-# What says how float32 products on a GPU round; the older switches must not be mixed with these.
+# The switches for how float32 products on a GPU round; torch's older switches must not be mixed with these.
 FLOAT32: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -34,7 +34,7 @@ def metrics(
     reported = events.merge([(one, part.weight) for one, part in zip(collected, parts, strict=True)])
     terms = parts[0].terms
     if alone and len(parts) == 1 and not parts[0].divide and not reported and len(terms) == 1:
-        return {"loss": totals.loss, **terms}  # what most steps have: no detour
+        return {"loss": totals.loss, **terms}  # the usual case
     _check_names(reported, terms)
     weight = total(parts, "weight")
     losses = {name: reduce(add, [part.terms[name] for part in parts]) for name in terms}

@@ -14,7 +14,7 @@ from fntrain.core import tree
 from fntrain.core.state import TrainState
 from fntrain.steps.batch import Batch
 from fntrain.steps.body import Body
-from fntrain.steps.outcome import choose
+from fntrain.steps.decision import choose
 from fntrain.steps.settings import Settings, check
 
 

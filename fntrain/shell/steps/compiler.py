@@ -28,7 +28,7 @@ _OPTIONS = {"aot_inductor.package": True, "fallback_random": True}  # eager's ke
 
 
 def compiled(graph: "GraphModule", inputs: list[Tensor], directory: Path | None) -> tuple[Run, bool]:
-    """A graph's program, and whether it was found in the directory."""
+    """Return the program of a graph, and whether it was found in the directory."""
     if directory is None:
         with tempfile.TemporaryDirectory() as temporary:
             return _load(_compile(graph, inputs, Path(temporary), "program")), False
@@ -74,7 +74,7 @@ def _load(file: Path) -> Run:
 
 
 def try_out(run: Run, inputs: list[Tensor], leaves: list[Tensor]) -> None:
-    """Run a program once for nothing: operators that AOTInductor can't call fail here, where the way back is open."""
+    """Run a program once and undo it: operators that AOTInductor can't call fail here, while eager is possible."""
     before = tree.clone_tensors(leaves)
     try:
         with preserved_generators():
@@ -91,7 +91,7 @@ def try_out(run: Run, inputs: list[Tensor], leaves: list[Tensor]) -> None:
 
 
 def _fingerprint(graph: "GraphModule", inputs: list[Tensor]) -> str:
-    """What a program depends on: the graph and its layouts, torch, number of threads, and the processor."""
+    """Return a hash of what a program depends on: graph, layouts, torch, number of threads, processor, devices."""
     codes = [module.code for module in graph.modules() if isinstance(getattr(module, "code", None), str)]
     devices = {tensor.device for tensor in inputs if tensor.device.type == "cuda"}
     machine = [platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]

@@ -1,13 +1,14 @@
-"""What a traced step is a function of: flat tensors, and a key for everything else about a state and a batch."""
+"""What a traced step is a function of: flat tensors, numbers as tensors, and a key for everything else."""
 
 from array import array
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from types import MappingProxyType, NoneType
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fntrain.steps.containers import children
 from fntrain.steps.rates import Rates
@@ -18,8 +19,8 @@ _TRACED = {"foreach": False, "fused": None, "capturable": True}  # options of to
 _NO_RATE = 1e-30  # stands for a learning rate of 0: the capturable update of Adam and others divides by it
 
 
-class Untraceable(Exception):  # noqa: N818  # caught here: a reason to stay eager
-    """Why a step can't be one program; the message ends a sentence."""
+class Untraceable(Exception):  # noqa: N818  # caught in this package: a reason to stay eager
+    """Why a step can't be one program; the message is a clause."""
 
 
 class Unsettled(Exception):  # noqa: N818
@@ -49,12 +50,6 @@ def filler(value: Any) -> Filler:
     """A function that builds a tree like this one from an iterator of tensors, in the order of `flatten`."""
     if isinstance(value, Tensor):
         return next
-    if type(value) is dict or type(value) is MappingProxyType:
-        keys = tuple(value)
-        if all(isinstance(item, Tensor) for item in value.values()):
-            return lambda tensors: dict(zip(keys, tensors, strict=False))
-        fillers = [(key, filler(item)) for key, item in value.items()]
-        return lambda tensors: {key: fill(tensors) for key, fill in fillers}
     found = children(value)
     if found is None:
         return lambda _: value
@@ -113,3 +108,55 @@ def traceable(bound: BoundOptimizer) -> BoundOptimizer:
 def shapes(tensors: list[Tensor]) -> str:
     """Types and shapes, for a message."""
     return ", ".join(f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for tensor in tensors)
+
+
+class TensorsForNumbers(TorchFunctionMode):
+    """Let an optimizer's step compute with the scheduled numbers, and with its step counter, as tensors.
+
+    `param.add_(grad, alpha=-lr)` and its like multiply. `if weight_decay != 0` takes the branch, which is right for 0
+    too; for other numbers this is not known: they are refused. `1 - beta ** step` is taken in float64, as by the host:
+    float32 would lose 4 of its digits.
+    """
+
+    def __init__(self, rates: Sequence[tuple[str, Tensor]]) -> None:
+        super().__init__()
+        self.rates = {id(rate): name for name, rate in rates}
+        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func.__name__, dict(kwargs or {})
+        if name == "ne" and id(args[0]) in self.rates and not isinstance(args[1], Tensor) and args[1] == 0:
+            if self.rates[id(args[0])] != "weight_decay":
+                raise Untraceable(f"the update takes another way where {self.rates[id(args[0])]} is 0")
+            return True
+        if name == "__rpow__" and args[0].dim() == 0:
+            args = (args[0].double(), *args[1:])
+        if any(isinstance(arg, Tensor) and arg.dim() for arg in args):
+            args = tuple([self._stored(arg) for arg in args])
+        key, rewrite = _SCALED.get(name.removesuffix("_"), ("", None))
+        if rewrite is None or not isinstance(kwargs.get(key), Tensor):
+            return func(*args, **kwargs)
+        number = self._stored(kwargs.pop(key))
+        method = "sub" if name.startswith("sub") else "add"
+        return getattr(Tensor, method + "_" * name.endswith("_"))(args[0], rewrite(number, *args[1:]), **kwargs)
+
+    def _stored(self, arg: Any) -> Any:
+        """A number on its way into a large tensor, kept in memory: it would be computed anew for each element."""
+        if not isinstance(arg, Tensor) or arg.dim():
+            return arg
+        return self.stored.setdefault(id(arg), (arg, torch.as_strided(arg, (1,), (1,)).reshape(())))[1]
+
+
+_SCALED: dict[str, tuple[str, Callable[..., Tensor]]] = {
+    "add": ("alpha", torch.mul),
+    "sub": ("alpha", torch.mul),
+    "addcmul": ("value", lambda number, a, b: number * a * b),
+    "addcdiv": ("value", lambda number, a, b: number * a / b),
+}
+
+
+def _vector_norms(tensors: list[Tensor], order: float = 2, dtype: torch.dtype | None = None) -> list[Tensor]:
+    return [torch.linalg.vector_norm(tensor, order, dtype=dtype) for tensor in tensors]
+
+
+DECOMPOSED = {torch.ops.aten._foreach_norm.Scalar: _vector_norms}  # AOTInductor has it as a slow call-back only

@@ -69,7 +69,7 @@ def in_place(
     check_step(step_fn)
     form = (in_place, compile, debug)
     if (same := same_form(step_fn, form)) is not None:
-        return same  # type: ignore[no-any-return]
+        return same
     compiled = attrs.evolve(step_fn, loss_fn=torch.compile(step_fn.loss_fn)) if compile else step_fn
     return Donated(Memory(compiled.body), run_and_find_holders if debug else run, step_fn, form)
 
@@ -134,8 +134,8 @@ def run_and_find_holders(memory: Memory, state: TrainState, batch: Batch) -> Cha
             if isinstance(leaf, Tensor)
         ]
         for one in gc.get_objects():
-            if type(one) is Leased and one.lease.ended is not None:
-                one.tensors = {}
+            if type(one) is Leased and not one.open:
+                one.tensors = {}  # a consumed state can't be read: it holds nothing for anybody
         memory.move()
         if held := [path for path, storage in left if not storage.expired()]:  # type: ignore[no-untyped-call]
             raise StateConsumedError(
@@ -154,7 +154,7 @@ def modes(memory: Memory) -> Hashable:
     return (*map(_TRAINING, memory.modules), *map(_REQUIRES_GRAD, params), *cast)
 
 
-def same_form(step_fn: SupervisedStep, form: Hashable) -> Any:
+def same_form(step_fn: SupervisedStep, form: Hashable) -> "Donated | None":
     """Return the step that the same call made before, if it still runs on the model: a notebook's cell run twice."""
     writers = Home.of(step_fn.body.slots.params).writers
     return next((one for one in writers if one.step is step_fn and one.form == form), None)

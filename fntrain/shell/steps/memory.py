@@ -16,9 +16,8 @@ from fntrain.core.lease import FIELDS, Home, Leased
 from fntrain.core.state import TrainState
 from fntrain.shell.steps.kernels import FusedAdam
 from fntrain.shell.steps.writing import Writing
+from fntrain.steps import decision, module
 from fntrain.steps.body import Body, Gradients
-from fntrain.steps.module import copy_in, is_dense, same_memory, storages
-from fntrain.steps.outcome import can_choose, choose
 from fntrain.steps.rates import Rates
 
 
@@ -55,7 +54,7 @@ class Memory:
             if tensor is None or not tensor.numel() or tensor.layout is not torch.strided:
                 continue
             keeper = seen.setdefault(tensor.untyped_storage().data_ptr(), id(tensor))
-            if not is_dense(tensor) or (keeper != id(tensor) and not isinstance(tensor, nn.Parameter)):
+            if not module.is_dense(tensor) or (keeper != id(tensor) and not isinstance(tensor, nn.Parameter)):
                 tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
     # What the memory of ranks that hold parts of tensors overrides.
@@ -89,22 +88,19 @@ class Memory:
 
     def _copied_in(self, state: TrainState) -> TrainState:
         reason, slots = f"step {state.step + 1} (begun from another state)", self.body.slots
-        keeps_opt_state = self._is_unmoved() and self._holds_opt_state(state)
+        mapping: Any = state.opt_state
+        is_last = self.home.leased(mapping, "opt_state") and mapping.tensors is self.shown("opt_state")
+        keeps_opt_state = is_last and self._is_unmoved()  # the one returned last, not written to since
         state = self._without_overlaps(state.replace(**{field: self._local(state, field) for field in FIELDS}))
         torch.clear_autocast_cache()  # a caller's autocast would go on with casts of what the module held before
         slots.check(state)
         self.follow_params()
         self.find_buffers()
-        copy_in(slots, state, reason)
+        module.copy_in(slots, state, reason)
         self._storages = None
         if not keeps_opt_state:
             self._take_opt_state(state.opt_state, reason)
         return self.advanced(state, {}).replace(step=state.step, position=state.position)
-
-    def _holds_opt_state(self, state: TrainState) -> bool:
-        """Whether the optimizer state is the one handed out, and nobody has written to it since."""
-        mapping: Any = state.opt_state
-        return self.home.leased(mapping, "opt_state") and mapping.tensors is self.shown("opt_state")
 
     def _local(self, state: TrainState, field: str) -> Mapping[str, Any]:
         """What of a field belongs into this memory, on lease if the field is; what is consumed raises."""
@@ -117,12 +113,12 @@ class Memory:
         opt_state = {} if self.home.leased(state.opt_state, "opt_state") else self.opt_state
         slots = self.body.slots
         own: dict[str, Any] = {"params": slots.params, "buffers": slots.buffers, "opt_state": opt_state}
-        memory = storages(own)
+        memory = module.storages(own)
         changes = {}
         for field, tensors in own.items():
             theirs = getattr(state, field)
-            elsewhere = {name: one for name, one in theirs.items() if not _is(one, tensors.get(name))}
-            if overlapping := {name: one for name, one in elsewhere.items() if memory & storages(one)}:
+            others = {name: one for name, one in theirs.items() if not _is(one, tensors.get(name))}
+            if overlapping := {name: one for name, one in others.items() if memory & module.storages(one)}:
                 changes[field] = {**theirs, **tree.clone(overlapping)}
         return state.replace(**changes)
 
@@ -142,11 +138,11 @@ class Memory:
         if not (tensors := tree.tensors(kept)):
             return state
         if self._storages is None:
-            self._storages = storages([self.params, self.buffers, self.opt_state])
+            self._storages = module.storages([self.params, self.buffers, self.opt_state])
         memory = self._storages
-        if memory.isdisjoint(storages(tensors)):
+        if memory.isdisjoint(module.storages(tensors)):
             return state
-        return state.replace(**tree.map_tensors(lambda t: tree.clone(t) if memory & storages(t) else t, kept))
+        return state.replace(**tree.map_tensors(lambda t: tree.clone(t) if memory & module.storages(t) else t, kept))
 
     # One step.
 
@@ -166,7 +162,7 @@ class Memory:
         if not work.leaves.keys() <= self.updated:
             return bool(healthy)  # the first update makes the optimizer's state
         device = next(iter(work.leaves.values())).device
-        if self._takes_found_inf or can_choose(self.opt_state, self.opt_state, device):
+        if self._takes_found_inf or decision.can_choose(self.opt_state, self.opt_state, device):
             return healthy
         if not self._warned:
             self._warned = True
@@ -210,7 +206,7 @@ class Memory:
 
     def _choose(self, healthy: Tensor, old: dict[str, Any], new: dict[str, Any]) -> None:
         """Put the values from before the update back where the device says so."""
-        if (chosen := choose(healthy, new, old)) is not new:
+        if (chosen := decision.choose(healthy, new, old)) is not new:
             with torch.no_grad():
                 torch._foreach_copy_(list(new["params"].values()), list(chosen["params"].values()))
             self.opt_state, self.fused, self._storages = chosen["opt_state"], None, None
@@ -275,4 +271,4 @@ def check_free(body: Body) -> None:
 
 
 def _is(theirs: Any, own: Any) -> bool:
-    return isinstance(theirs, Tensor) and isinstance(own, Tensor) and same_memory(theirs, own)
+    return isinstance(theirs, Tensor) and isinstance(own, Tensor) and module.same_memory(theirs, own)

@@ -63,8 +63,8 @@ def compile_step(
     max_programs = whole("max_programs", max_programs, 1)
     place = None if directory is None else Path(directory)
     form = (compile_step, place, max_programs)
-    if (same := same_form(step_fn, form)) is not None:
-        return same  # type: ignore[no-any-return]
+    if isinstance(same := same_form(step_fn, form), CompiledStep):
+        return same
     body = step_fn.body
     programs = Programs(body.settings, RateVector.of(body.bound), place, max_programs)
     return CompiledStep(Memory(body), programs, step_fn, form)

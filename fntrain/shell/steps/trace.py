@@ -20,8 +20,15 @@ from fntrain.core import tree
 from fntrain.core.lease import FIELDS
 from fntrain.core.rng import other_states, preserved_generators
 from fntrain.core.state import TrainState
-from fntrain.shell.steps.flat import RateVector, Unsettled, Untraceable, filler, traceable
-from fntrain.shell.steps.numbers import DECOMPOSED, TensorsForNumbers
+from fntrain.shell.steps.flat import (
+    DECOMPOSED,
+    RateVector,
+    TensorsForNumbers,
+    Unsettled,
+    Untraceable,
+    filler,
+    traceable,
+)
 from fntrain.steps.batch import Batch
 from fntrain.steps.body import Body
 from fntrain.steps.module import Slots, storages
@@ -29,6 +36,7 @@ from fntrain.steps.rates import Rates
 
 _NO_STATE = TrainState(step=0, position=0, seed=0, params={})  # a traced step reads nothing of it
 _ABSENT = object()
+_DRAWS = torch.Tag.nondeterministic_seeded  # of operations that draw random numbers
 # Frames of torch and of this package, which tell a reader nothing about his loss.
 _INNER = re.compile(r"[\\/]torch[\\/](?!optim)|[\\/]fntrain[\\/](shell|steps)[\\/]")
 
@@ -72,7 +80,7 @@ def trace(body: Body, rates: RateVector, trees: tuple[Any, ...], batch: Batch, f
         graph = make_fx(run, DECOMPOSED, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
         if other_states() != generators:
             raise Untraceable("it draws from Python's or NumPy's generator, which a program can't")
-        if read and any(_draws(node) for node in graph.graph.nodes):
+        if read and any(_DRAWS in getattr(node.target, "tags", ()) for node in graph.graph.nodes):
             raise Untraceable(
                 "it draws, and saves a generator's state to draw again (torch.utils.checkpoint does): a program can't"
             )
@@ -83,7 +91,7 @@ def trace(body: Body, rates: RateVector, trees: tuple[Any, ...], batch: Batch, f
 def _step(
     body: Body, rates: Rates, vector: Tensor, trees: list[Any], batch: Batch
 ) -> tuple[list[Tensor], dict[str, Any]]:
-    """One step on traced tensors, without a decision on the host: its results, and the fields of `Traced` about them."""
+    """One step on traced tensors, without a decision of the host: results, and fields of `Traced` about them."""
     params = {
         name: nn.Parameter(trees[0][name].clone(), param.requires_grad and name not in body.bound.frozen)
         for name, param in body.slots.params.items()
@@ -225,10 +233,6 @@ def _rng_states_read() -> Iterator[list[bool]]:
         yield read
     finally:
         torch.get_rng_state = original
-
-
-def _draws(node: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _lift_constants(graph: GraphModule, slots: Slots) -> list[Tensor]:

@@ -257,7 +257,7 @@ def test_parameters_that_sometimes_get_no_gradient(device_decides, monkeypatch):
 def test_an_optimizer_that_counts_on_the_host_makes_it_wait_and_this_is_warned_of_once(monkeypatch):
     """The warning names the class and what to do, where the step is called; a fused class does not wait."""
     monkeypatch.setattr(ft.steps.grads, "stalls", lambda tensor: True)
-    monkeypatch.setattr("fntrain.shell.steps.memory.can_choose", lambda *trees: False)  # counters are elsewhere
+    monkeypatch.setattr("fntrain.steps.decision.can_choose", lambda *trees: False)  # counters are elsewhere
     for options, expected in [({}, [__file__]), ({"fused": True}, [])]:
         model, adam = make("mlp"), ft.optimizer(O.AdamW, lr=0.1, **options)
         step_fn = ft.shell.in_place(ft.supervised_step(model, square_loss, adam))

@@ -137,8 +137,8 @@ class Body:
         totals: Callable[[], Totals] | None = None
         device, weights = self.device, self.settings.weights
         denominators = None if weights is None else self.exchange.sums(weights(batch), device)
-        for (micro_batch, counts), following in pairwise(chain(self._micro_batches(batch), [_LAST])):
-            last = following is _LAST  # read one ahead: ranks add their gradients up in the last backward
+        for (micro_batch, counts), following in self._micro_batches(batch):
+            last = following is _LAST  # ranks add their gradients up in the last backward
             with events.collecting() as collector:
                 output = self._forward(micro_batch, last, device)
             only = last and not parts and self.exchange.ranks.world_size == 1
@@ -155,10 +155,12 @@ class Body:
             raise ValueError("split: returned no micro-batch, expected at least one")
         return parts, collected, totals()
 
-    def _micro_batches(self, batch: Batch) -> Iterable[tuple[Batch, bool]]:
+    def _micro_batches(self, batch: Batch) -> Iterable[tuple[tuple[Batch, bool], Any]]:
+        """Each micro-batch, whether it counts, and what follows: read one ahead, as the last one must be known."""
         if self.settings.accumulate == 1:
-            return ((batch, True),)
-        return self.exchange.padded((self.settings.split or split_batch)(batch, self.settings.accumulate))
+            return (((batch, True), _LAST),)
+        parts = (self.settings.split or split_batch)(batch, self.settings.accumulate)
+        return pairwise(chain(self.exchange.padded(parts), [_LAST]))
 
     def _forward(self, batch: Batch, last: bool, device: torch.device) -> Any:
         if self.settings.precision in ("fp32", "tf32"):

@@ -25,8 +25,8 @@ def norm(settings: Settings, exchange: Exchange, leaves: Mapping[str, Tensor]) -
 
 def healthy(settings: Settings, loss: Tensor, norm: float | Tensor | None, totals: Totals) -> bool | Tensor:
     """Tell whether to update: loss and gradients finite, weight not 0; a tensor where the host would have to wait."""
-    tracing = torch.compiler.is_compiling()  # nothing can be read on the host then, not even to raise
-    stalls = grads.stalls(loss) and (settings.on_nonfinite != "raise" or tracing)
+    # Of a loss that is being traced nothing can be read on the host, not even to raise.
+    stalls = grads.stalls(loss) and (settings.on_nonfinite != "raise" or torch.compiler.is_compiling())
     weighs: bool | Tensor = totals.counts != 0
     if isinstance(weighs, Tensor) and not stalls:
         weighs = bool(weighs)

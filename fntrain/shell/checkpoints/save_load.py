@@ -22,7 +22,7 @@ from fntrain.shell.checkpoints.commit import commit, store_at
 from fntrain.shell.checkpoints.contents import Contents
 from fntrain.shell.checkpoints.paths import AnyPath, path_of
 from fntrain.shell.checkpoints.reading import Verify, Wanted, read_state
-from fntrain.shell.checkpoints.store import Store, committed
+from fntrain.shell.checkpoints.store import Store, committed, gather_or_raise, name_of
 from fntrain.shell.checkpoints.upgrade import SchemaError
 
 T = TypeVar("T")
@@ -32,7 +32,8 @@ _log = logging.getLogger("fntrain")
 def save(state: TrainState, directory: str | os.PathLike[str]) -> AnyPath:
     """Write a state to `directory/step_XXXXXXXX`, whole or not at all; returns that path once it is on the disk.
 
-    A checkpoint of the same step is replaced only once the new one is complete.
+    A checkpoint of the same step is replaced only once the new one is complete. If `ft.fit` made the state on several
+    ranks, all must call it: with "ddp" the first rank writes and the others wait, with "fsdp" each writes its part.
 
     Args:
       state: any state; its saved fields are written (not `metrics`, not `run`).
@@ -48,8 +49,17 @@ def save(state: TrainState, directory: str | os.PathLike[str]) -> AnyPath:
       ...     path.name, load(path) == state
       ('step_00000005', True)
     """
-    contents = Contents.of(state)
-    return commit(store_at(path_of(directory)), contents, map(tree.to_bytes, contents.tensors))
+    store, ranks = store_at(path_of(directory)), state.run.ranks
+
+    def write() -> None:
+        contents = Contents.of(state)
+        commit(store, contents, map(tree.to_bytes, contents.tensors))
+
+    if ranks.sharded:
+        write()
+    else:
+        gather_or_raise(ranks, lambda: write() if ranks.rank == 0 else None)
+    return store.root / name_of(state.step)
 
 
 def load(path: str | os.PathLike[str], *, into: TrainState | None = None, verify: Verify = "full") -> TrainState:

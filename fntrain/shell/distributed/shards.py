@@ -211,11 +211,11 @@ class ShardedMemory(Memory):
         self.home.join(self.sharded)
         self._around: dict[str, tuple[Any, int, dict[str, Any]]] = {}  # field -> for which tensors, at which `moves`
 
-    def shown(self, field: str) -> dict[str, Any]:
-        """Return the mapping that states hold for a field: DTensors around the parts, kept because each takes 3 us."""
-        own = super().shown(field)
-        if field == "buffers":
-            return own
+    def shown(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Return the mappings that states hold: DTensors around the parts, kept because each takes 3 us."""
+        return self._all_around("params", self.params), self.buffers, self._all_around("opt_state", self.opt_state)
+
+    def _all_around(self, field: str, own: dict[str, Any]) -> dict[str, Any]:
         of, moves, known = self._around.get(field, (None, -1, {}))
         if of is not own or moves != self.moves:
             known = {name: self.around(name, value) for name, value in own.items()}

@@ -59,10 +59,9 @@ class Memory:
 
     # What the memory of ranks that hold parts of tensors overrides.
 
-    def shown(self, field: str) -> dict[str, Any]:
-        """Return the mapping that states hold for a field: here the tensors as they are."""
-        mapping: dict[str, Any] = getattr(self, field)
-        return mapping
+    def shown(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Return the mappings that states hold, of parameters, buffers and optimizer state: the tensors as they are."""
+        return self.params, self.buffers, self.opt_state
 
     def own_part(self, name: str, value: tree.PyTree) -> tree.PyTree:
         """Return what of a state's entry belongs into this memory: here all of it."""
@@ -89,7 +88,7 @@ class Memory:
     def _copied_in(self, state: TrainState) -> TrainState:
         reason, slots = f"step {state.step + 1} (begun from another state)", self.body.slots
         mapping: Any = state.opt_state
-        is_last = self.home.leased(mapping, "opt_state") and mapping.tensors is self.shown("opt_state")
+        is_last = self.home.leased(mapping, "opt_state") and mapping.tensors is self.shown()[2]
         keeps_opt_state = is_last and self._is_unmoved()  # the one returned last, not written to since
         state = self._without_overlaps(state.replace(**{field: self._local(state, field) for field in FIELDS}))
         torch.clear_autocast_cache()  # a caller's autocast would go on with casts of what the module held before
@@ -214,9 +213,10 @@ class Memory:
     def advanced(self, state: TrainState, changes: dict[str, Any]) -> TrainState:
         """Return the next state: this memory, on lease."""
         home, step = self.home, state.step + 1
-        params = Leased(self.shown("params"), home, "params", step)
-        buffers = Leased(self.shown("buffers"), home, "buffers", step)
-        opt_state = Leased(self.shown("opt_state"), home, "opt_state", step)
+        mappings = self.shown()
+        params = Leased(mappings[0], home, "params", step)
+        buffers = Leased(mappings[1], home, "buffers", step)
+        opt_state = Leased(mappings[2], home, "opt_state", step)
         self._handed = (params, buffers, opt_state)
         return state.advance(params=params, buffers=buffers, opt_state=opt_state, **changes)
 

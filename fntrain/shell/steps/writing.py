@@ -48,7 +48,8 @@ class Writing:
 
     def keep(self, healthy: bool | Tensor) -> None:
         """Keep what the forward wrote to buffers or assigned in their place, and tensors that it gave parameters."""
-        self.keep_buffers(healthy)
+        if self.buffers:
+            self.keep_buffers(healthy)
         self.memory.follow_params()
         self.kept = True
 
@@ -105,6 +106,8 @@ class Writing:
             param.grad = None
         for param in self.frozen:
             param.requires_grad_(True)
+        if not self.buffers:
+            return
         back = [one for one in self.buffers if one[0].name is None or not keep_buffers]
         for place, buffer, memory, _ in back:  # all places before any value: copying may fail
             place.put_back(buffer, memory)

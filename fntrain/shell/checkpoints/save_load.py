@@ -17,7 +17,7 @@ from torch import Tensor
 from fntrain.core import tree
 from fntrain.core.errors import CheckpointError
 from fntrain.core.lease import FIELDS, Leased
-from fntrain.core.state import TrainState, named_leaves
+from fntrain.core.state import TrainState, check_state, named_leaves
 from fntrain.shell.checkpoints.commit import commit, store_at
 from fntrain.shell.checkpoints.contents import Contents
 from fntrain.shell.checkpoints.paths import AnyPath, path_of
@@ -49,6 +49,7 @@ def save(state: TrainState, directory: str | os.PathLike[str]) -> AnyPath:
       ...     path.name, load(path) == state
       ('step_00000005', True)
     """
+    check_state("state", state)
     store, ranks = store_at(path_of(directory)), state.run.ranks
 
     def write() -> None:

@@ -89,28 +89,34 @@ def states(
 def _states(
     step_fn: StepFn, singles: list[Hook], state: TrainState, data: Positioned | Iterable[Any]
 ) -> Generator[TrainState, None, TrainState]:
+    finite = state.run.max_steps is None  # whether the data decides where the run ends
     unseen = False  # whether the state was made by a step and not yielded yet
     with Running(singles, state.run.ranks) as run:
         run.open(state, data)
         before_step, after_step = run.phase("before_step"), run.phase("after_step")
         try:
             state = with_any_stop(call(run.phase("before_train"), with_memory(state, singles)))
-            while not _over(state):
+            over = _over(state)
+            while not over:
                 batch = run.batches.next(state)
-                if run.data_ended(state, batch):
+                if finite and run.data_ended(batch):
                     state = stopped(state, "done", f"data ended after {run.batches.given - (batch is not END)} batches")
                     break
                 turns = [state.step + 1]  # the numbers of the steps for which gates are asked
-                state = call(before_step, state, 1, turns)
+                if before_step:
+                    state = call(before_step, state, 1, turns)
                 if state.position != run.batches.position - 1:
                     raise ValueError(
                         "hooks: a before_step moved the position, after its batch was read; use after_step"
                     )
                 state, unseen = _step(step_fn, state, batch), True
                 del batch  # drop our reference now, or two batches are alive while the next one is read
-                state = call(after_step, state, 0, turns)
-                state = run.stop_agreed(state, turns)
-                if not _over(state):
+                if after_step:
+                    state = call(after_step, state, 0, turns)
+                if run.periods:
+                    state = run.stop_agreed(state, turns)
+                over = _over(state)
+                if not over:
                     unseen = False
                     yield state
             state = stopped(state, "done", f"max_steps={state.run.max_steps} reached")

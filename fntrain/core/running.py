@@ -65,9 +65,9 @@ class Running:
         """List the callbacks of a phase with their gates."""
         return phase_of(self.live, name, self.ran if name == "after_step" else None)
 
-    def data_ended(self, state: TrainState, batch: Any) -> bool:
-        """Tell whether the data has ended: without `max_steps` it may do so on one rank first, so all are asked."""
-        return state.run.max_steps is None and bool(self.ranks.max(batch is END))
+    def data_ended(self, batch: Any) -> bool:
+        """Tell whether data that is declared finite has ended: it may do so on one rank first, so all are asked."""
+        return bool(self.ranks.max(batch is END))
 
     def stop_agreed(self, state: TrainState, numbers: list[int]) -> TrainState:
         """Return the state with a stop that any rank asks for, if a hook that may had its turn at these steps.

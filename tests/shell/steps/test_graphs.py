@@ -415,6 +415,18 @@ def test_a_model_that_another_step_runs_on_is_refused_before_it_is_moved(monkeyp
     assert len(moved) == 1
 
 
+def test_the_same_call_gives_the_same_step(monkeypatch):
+    """A line run again in a notebook gives the step that runs on the model already; with other options it is refused."""
+    step_fn, _ = job()
+    monkeypatch.setattr("fntrain.shell.steps.graphs.checked_device", torch.device)
+    monkeypatch.setattr("fntrain.shell.steps.graphs.CudaEngine", lambda device: RecordingEngine(None))
+    monkeypatch.setattr(step_fn.model, "to", lambda *to, **how: None)
+    first = ft.shell.cuda_step(step_fn)
+    assert ft.shell.cuda_step(step_fn) is first
+    with pytest.raises(ValueError, match="another step runs in place"):
+        ft.shell.cuda_step(step_fn, max_graphs=2)
+
+
 def test_autocast_around_the_call_is_a_graph_of_its_own(as_on_a_device):
     """A replay never runs with the casts of another capture."""
     data = batches(2 * WARMUP + 4)

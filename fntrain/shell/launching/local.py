@@ -20,7 +20,12 @@ from fntrain.shell.launching.signals import follow_launcher, handled_by
 
 _log = logging.getLogger("fntrain")
 # DistributedDataParallel and optimizers import torch._dynamo, 800 modules, when they are first used.
-PRELOAD = ["fntrain.shell.launching.forkserver", "torch._dynamo", "torch.nn.parallel", "fntrain.shell.launching.launch"]
+PRELOAD = [
+    "fntrain.shell.launching.forkserver",
+    "torch._dynamo",
+    "fntrain.shell.distributed.distribute",
+    "fntrain.shell.launching.launch",
+]
 GRACE_S = 2.0  # how long the other ranks may take to end by themselves when one has failed
 KILLED_S = 10.0  # within which a process must be gone after SIGKILL
 

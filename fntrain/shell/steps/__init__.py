@@ -1,4 +1,5 @@
 """A step on the module's own memory: in place, as CUDA graphs, as compiled programs.
 
-Read first: `in_place`.
+May import: `fntrain.core`, `steps`, `events`, and `shell.disk`; no other room of the shell.
+Read first: `in_place`, then `memory`.
 """

@@ -1,5 +1,6 @@
 """Weights without a training state: load, export and convert them, and look at checkpoints. Loaded on first use.
 
+May import: `fntrain.core`, `steps`, and `shell.checkpoints`.
 Read first: `load`, then `files`, which reads and writes for all of them.
 """
 

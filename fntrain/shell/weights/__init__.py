@@ -1,6 +1,6 @@
 """Weights without a training state: load, export and convert them, and look at checkpoints. Loaded on first use.
 
-May import: `fntrain.core`, `steps`, and `shell.checkpoints`.
+May import: `fntrain.core`, `steps`, `shell.checkpoints` and `shell.disk`.
 Read first: `load`, then `files`, which reads and writes for all of them.
 """
 
